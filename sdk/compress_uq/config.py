@@ -1,0 +1,119 @@
+"""What a run can be repeated from: frozen dataclasses that survive a trip through TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from compress_uq.errors import InputError, UnknownNameError
+
+__all__ = ["TrainingConfig", "from_toml", "to_toml"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained or fine-tuned."""
+
+    epochs: int = 15
+    lr: float = 0.05
+    """Peak learning rate."""
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    """`sgd` (Nesterov momentum 0.9) or `adam`."""
+    weight_decay: float = 5e-4
+    schedule: str = "one-cycle"
+    """`one-cycle` (up for a quarter, then down) or `cosine`."""
+    augment: str = "auto"
+    """A name of `compress-uq methods`, or `auto`: what suits the data set."""
+    class_weights: str | tuple[float, ...] = "none"
+    """`none`, `balanced` (inverse frequency), or a weight per class."""
+    distillation_weight: float = 0.9
+    """Share of the distillation loss; the rest is cross-entropy with the labels. Used only with a teacher."""
+    distillation_temperature: float = 4.0
+    workers: int = 0
+    seed: int = 0
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda[:i]`."""
+
+    def __post_init__(self) -> None:
+        _check("epochs", self.epochs, self.epochs >= 0, "0 or more")
+        _check("lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "above 0")
+        _check("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        weight = self.distillation_weight
+        _check("distillation_weight", weight, 0 <= weight <= 1, "between 0 and 1")
+        temperature = self.distillation_temperature
+        _check("distillation_temperature", temperature, temperature > 0, "above 0")
+        _check("workers", self.workers, self.workers >= 0, "0 or more")
+        _choice("optimizer", self.optimizer, ("sgd", "adam"))
+        _choice("schedule", self.schedule, ("one-cycle", "cosine"))
+        if isinstance(self.class_weights, str):
+            _choice("class_weights", self.class_weights, ("none", "balanced"))
+        elif any(not math.isfinite(w) or w < 0 for w in self.class_weights) or not any(self.class_weights):
+            raise InputError(f"class_weights={self.class_weights}: expected weights of 0 or more, not all 0")
+
+
+def _check(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name}={value}: expected {expected}")
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UnknownNameError(name, value, known)
+
+
+def to_toml(config: Any) -> str:
+    """A frozen dataclass as TOML; fields that are None are left out, nested dataclasses become tables."""
+    lines, tables = [], []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None:
+            continue
+        if dataclasses.is_dataclass(value):
+            tables.append(f"\n[{field.name}]\n{to_toml(value)}")
+        else:
+            lines.append(f"{field.name} = {_toml_value(value)}\n")
+    return "".join(lines) + "".join(tables)
+
+
+def from_toml(kind: type[T], text: str) -> T:
+    """The dataclass that `to_toml` wrote.
+
+    Raises:
+        InputError: not TOML, or a key that the dataclass does not have (names the nearest).
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"not valid TOML: {error}") from error
+    return _from_mapping(kind, data)
+
+
+def _from_mapping(kind: type[T], data: Mapping[str, Any]) -> T:
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in fields:
+            raise UnknownNameError(f"key of {kind.__name__}", name, fields)
+        default = fields[name].default_factory if callable(fields[name].default_factory) else None
+        if isinstance(value, Mapping) and isinstance(default, type):
+            value = _from_mapping(default, value)
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    # JSON's strings, and Python's numbers, are TOML's.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -1,0 +1,28 @@
+"""Data sets, splits and batches."""
+
+from compress_uq.data.augment import AUGMENTATIONS, Augmentation
+from compress_uq.data.images import ImageTensors, batches, check_labels, fit_images
+from compress_uq.data.loading import hold_out, load_splits
+from compress_uq.data.named import DATASETS
+from compress_uq.data.ood import MADE_SETS, ood_set
+from compress_uq.data.splits import DataInfo, ImageDataset, Splits, identical_images, labels_of, take_class_balanced
+
+__all__ = [
+    "AUGMENTATIONS",
+    "DATASETS",
+    "MADE_SETS",
+    "Augmentation",
+    "DataInfo",
+    "ImageDataset",
+    "ImageTensors",
+    "Splits",
+    "batches",
+    "check_labels",
+    "fit_images",
+    "hold_out",
+    "identical_images",
+    "labels_of",
+    "load_splits",
+    "ood_set",
+    "take_class_balanced",
+]

@@ -1,0 +1,222 @@
+"""From what a command line names to `Splits`, by the calibration rule.
+
+Calibration images were seen by neither the dense nor the compressed model, chose no epoch, and carry no reported
+figure. A checkpoint that records which training images it held out gives exactly those; for any other weights the
+training set is contaminated, and a class-balanced fifth of the test split is taken instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+
+from compress_uq.data.folders import ImageFiles, class_folders, default_normalisation, shape_of_images
+from compress_uq.data.images import ImageTensors, Normalisation
+from compress_uq.data.named import DATASETS
+from compress_uq.data.ood import ood_set
+from compress_uq.data.splits import DataInfo, ImageDataset, Splits, labels_of, take_class_balanced
+from compress_uq.errors import DataError, UnknownNameError
+from compress_uq.models import DataRecord, import_callable
+
+__all__ = ["hold_out", "load_splits"]
+
+HELD_OUT_FRACTION = 0.1
+TEST_FRACTION = 0.2
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The parts of a data set before the calibration rule."""
+
+    name: str
+    train: Any
+    test: Any
+    labels: tuple[str, ...]
+    normalisation: Normalisation
+    augment: str
+    ood: tuple[str, ...] = ()
+    calibration: Any = None
+    notes: tuple[str, ...] = ()
+
+
+def load_splits(
+    name: str,
+    *,
+    root: str | Path = "data",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    ood: Sequence[str] = (),
+    record: DataRecord | None = None,
+    seed: int = 0,
+) -> Splits:
+    """The splits of a named set, a folder of class folders, or a `package.module:callable` returning `Splits`.
+
+    Args:
+        name: see `compress-uq methods`, or a folder with class folders (below train/, val/, test/ or not).
+        root: where the named sets lie or are downloaded to.
+        mean, std: per channel, of pixels in 0..1; by default those of the set.
+        input_shape: (C, H, W) that images of a folder are brought to; by default their own size.
+        ood: out-of-distribution sets to report on: names or folders.
+        record: what the checkpoint remembers of its training data; None for weights from elsewhere.
+        seed: draws the splits that are drawn.
+
+    Raises:
+        DataError: the set is unknown, missing or unusable.
+    """
+    if ":" in name and not Path(name).exists():
+        return _from_callable(name, ood, Path(root), mean, std)
+    source = _read(name, Path(root), mean, std, input_shape)
+    fingerprint = source.train.fingerprint()
+    info = DataInfo(
+        name=source.name,
+        labels=source.labels,
+        mean=source.normalisation[0],
+        std=source.normalisation[1],
+        augment=source.augment,
+        fingerprint=fingerprint,
+        notes=source.notes,
+    )
+    splits = _calibration_rule(source, info, record, seed)
+    return _with_ood(splits, ood or source.ood, Path(root), source.normalisation)
+
+
+def hold_out(splits: Splits, *, seed: int = 0) -> Splits:
+    """Set a class-balanced tenth of the training set aside for calibration, before a model is trained.
+
+    Raises:
+        DataError: there is no training set.
+    """
+    train = splits.require("train", "training")
+    chosen, rest = take_class_balanced(labels_of(train), HELD_OUT_FRACTION, seed)
+    info = replace(
+        splits.info,
+        calibration=f"{len(chosen)} training images held out of the training of the dense model",
+        held_out=tuple(chosen),
+    )
+    return replace(splits, train=Subset(train, rest), calibration=Subset(train, chosen), info=info)
+
+
+def _calibration_rule(source: _Source, info: DataInfo, record: DataRecord | None, seed: int) -> Splits:
+    if source.calibration is not None:
+        return Splits(train=source.train, calibration=source.calibration, test=source.test, info=info)
+    if record is not None and record.held_out and record.fingerprint == info.fingerprint:
+        chosen = set(record.held_out)
+        rest = [i for i in range(len(source.train)) if i not in chosen]
+        info = replace(
+            info,
+            calibration=f"{len(chosen)} training images that the checkpoint records as held out of its training",
+            held_out=record.held_out,
+        )
+        calibration: ImageDataset = Subset(source.train, sorted(chosen))
+        return Splits(train=Subset(source.train, rest), calibration=calibration, test=source.test, info=info)
+    chosen_test, rest_test = take_class_balanced(labels_of(source.test), 0.2, seed)
+    info = replace(
+        info,
+        calibration=f"a class-balanced fifth of the test split ({len(chosen_test)} images), since the training of "
+        f"these weights is not recorded; figures are on the other {len(rest_test)}",
+    )
+    return Splits(
+        train=source.train,
+        calibration=Subset(source.test, chosen_test),
+        test=Subset(source.test, rest_test),
+        info=info,
+    )
+
+
+def _read(
+    name: str,
+    root: Path,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    input_shape: tuple[int, ...] | None,
+) -> _Source:
+    if name in DATASETS:
+        known = DATASETS[name]
+        normalisation = (tuple(mean or known.mean), tuple(std or known.std))
+        parts = [ImageTensors(*known.read(root, train), *normalisation) for train in (True, False)]
+        return _Source(name, parts[0], parts[1], known.labels, normalisation, known.augment, known.ood)
+    if Path(name).is_dir():
+        return _read_folder(Path(name), mean, std, input_shape)
+    raise UnknownNameError("data set or folder", name, DATASETS.names)
+
+
+def _read_folder(
+    folder: Path, mean: Sequence[float] | None, std: Sequence[float] | None, input_shape: tuple[int, ...] | None
+) -> _Source:
+    parts = {part: folder / part for part in ("train", "val", "test", "calibration") if (folder / part).is_dir()}
+    listed = {part: class_folders(path) for part, path in parts.items()} or {"all": class_folders(folder)}
+    first = next(iter(listed.values()))
+    for part, (_, _, names) in listed.items():
+        if names != first[2]:
+            raise DataError(f"{folder / part} has the classes {', '.join(names)}: expected {', '.join(first[2])}")
+    shape = input_shape or shape_of_images(first[0])
+    default = default_normalisation(shape[0])
+    normalisation = (tuple(mean or default[0]), tuple(std or default[1]))
+
+    def dataset(part: str) -> ImageFiles:
+        files, targets, _ = listed[part]
+        return ImageFiles(files, targets, shape, normalisation)
+
+    if "all" in listed:
+        return _divide_folder(folder.name, listed["all"], shape, normalisation)
+    if "train" not in listed or not {"val", "test"} & set(listed):
+        raise DataError(f"{folder} has {', '.join(listed)}: expected train and test (or val), or class folders alone")
+    test = "test" if "test" in listed else "val"
+    calibration = next((p for p in ("calibration", "val") if p in listed and p != test), None)
+    notes = ("val is the calibration split: it must not have chosen an epoch",) if calibration == "val" else ()
+    return _Source(
+        folder.name,
+        dataset("train"),
+        dataset(test),
+        first[2],
+        normalisation,
+        "none",
+        calibration=None if calibration is None else dataset(calibration),
+        notes=notes,
+    )
+
+
+def _divide_folder(
+    name: str, listed: tuple[list[Path], list[int], tuple[str, ...]], shape: tuple[int, ...], norm: Normalisation
+) -> _Source:
+    """A folder without parts: a class-balanced fifth of it, the same every time, is the test split."""
+    files, targets, names = listed
+    everything = ImageFiles(files, targets, shape, norm)
+    test, train = take_class_balanced(labels_of(everything), TEST_FRACTION, seed=0)
+
+    def part(indices: list[int]) -> ImageFiles:
+        return ImageFiles([files[i] for i in indices], [targets[i] for i in indices], shape, norm)
+
+    note = f"{name} has no test folder: a class-balanced fifth of it is the test split"
+    return _Source(name, part(train), part(test), names, norm, "none", notes=(note,))
+
+
+def _from_callable(
+    name: str, ood: Sequence[str], root: Path, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Splits:
+    splits = import_callable(name, "data")()
+    if not isinstance(splits, Splits):
+        raise DataError(f"data {name!r} returned {type(splits).__name__}: expected compress_uq.Splits")
+    if splits.info == DataInfo():
+        splits = replace(splits, info=replace(splits.info, name=name))
+    normalisation = (tuple(mean), tuple(std)) if mean and std else None
+    return _with_ood(splits, ood, root, normalisation)
+
+
+def _with_ood(splits: Splits, names: Sequence[str], root: Path, normalisation: Normalisation | None) -> Splits:
+    if not names:
+        return splits
+    test = splits.require("test", "an out-of-distribution figure")
+    shape = tuple(test[0][0].shape)
+    sets = dict(splits.ood)
+    for reference in names:
+        name, dataset = ood_set(reference, test=test, shape=shape, normalisation=normalisation, root=root)
+        if name in sets:
+            raise DataError(f"two out-of-distribution sets are called {name!r}: rename a folder")
+        sets[name] = dataset
+    return replace(splits, ood=sets)

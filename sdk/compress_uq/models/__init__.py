@@ -1,0 +1,20 @@
+"""Architectures and model files."""
+
+from compress_uq.models.architectures import ARCHITECTURES, Architecture, build_model, import_callable
+from compress_uq.models.files import Checkpoint, DataRecord, load_model, read_checkpoint, save_model
+from compress_uq.models.layers import ChannelSelect
+from compress_uq.models.outputs import as_logits
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ChannelSelect",
+    "Checkpoint",
+    "DataRecord",
+    "as_logits",
+    "build_model",
+    "import_callable",
+    "load_model",
+    "read_checkpoint",
+    "save_model",
+]

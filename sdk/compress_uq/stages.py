@@ -1,0 +1,71 @@
+"""What travels between the stages: a module, and what is known of where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from compress_uq.cost import Cost
+from compress_uq.errors import InputError
+
+__all__ = ["ModelOrResult", "Origin", "StageResult", "unpack"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the next stage needs to know and a bare module does not tell."""
+
+    input_shape: tuple[int, ...] | None = None
+    """(C, H, W) of one image."""
+    dense_cost: Cost | None = None
+    """The cost of the model before pruning."""
+
+    def example(self, model: nn.Module, stage: str, images: int = 1) -> Tensor:
+        """Images of the right shape, drawn from a fixed seed, on the model's device.
+
+        Raises:
+            InputError: the shape is not known.
+        """
+        if self.input_shape is None:
+            raise InputError(f"{stage} needs the shape of an image: pass example_inputs= (a batch), or an earlier stage's result")
+        first = next(model.parameters(), torch.zeros(0))
+        batch = torch.randn(images, *self.input_shape, generator=torch.Generator().manual_seed(0))
+        return batch.to(first.device, first.dtype)
+
+
+@runtime_checkable
+class StageResult(Protocol):
+    """Any stage's frozen result."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that the stage made."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where it came from."""
+
+
+ModelOrResult = nn.Module | StageResult
+
+
+def unpack(given: ModelOrResult, example_inputs: Tensor | None = None) -> tuple[nn.Module, Origin]:
+    """The module and its origin; `example_inputs` (N, C, H, W) tells the shape where the module alone does not.
+
+    Raises:
+        InputError: neither a module nor a stage's result.
+    """
+    origin: Origin
+    if isinstance(given, nn.Module):
+        model, known = given, getattr(given, "origin", None)
+        origin = known if isinstance(known, Origin) else Origin()
+    elif isinstance(given, StageResult):
+        model, origin = given.model, given.origin
+    else:
+        raise InputError(f"a {type(given).__name__} was given: expected a torch.nn.Module or an earlier stage's result")
+    if example_inputs is not None:
+        origin = replace(origin, input_shape=tuple(example_inputs.shape[1:]))
+    return model, origin

@@ -1,0 +1,29 @@
+"""Uncertainty methods: each a configuration that turns a network into members."""
+
+from compress_uq.registry import Entry, Registry
+from compress_uq.uq.base import Method
+from compress_uq.uq.dropout import DropoutNetwork, SampledDropout
+from compress_uq.uq.mc_dropout import DropoutPlan, MCDropout
+from compress_uq.uq.members import Members, SingleMember
+from compress_uq.uq.msp import MSP
+from compress_uq.uq.sites import Site, find_sites
+
+__all__ = [
+    "METHODS",
+    "MSP",
+    "DropoutNetwork",
+    "DropoutPlan",
+    "MCDropout",
+    "Members",
+    "Method",
+    "SampledDropout",
+    "SingleMember",
+    "Site",
+    "find_sites",
+]
+
+METHODS: Registry[type[Method]] = Registry(
+    "uncertainty method",
+    Entry("msp", "one pass, maximum softmax probability", "Hendrycks 2017", MSP),
+    Entry("mc-dropout", "several passes with parts dropped, the trunk shared", "Gal 2016, section 3", MCDropout),
+)

@@ -1,0 +1,33 @@
+"""What an uncertainty method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from compress_uq.stages import Origin
+from compress_uq.uq.members import Members
+
+__all__ = ["Method"]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """The configuration of a method; it acts before fine-tuning (`prepare`) and after it (`fit`)."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
+        """A copy of the model as it has to be fine-tuned."""
+
+    @abstractmethod
+    def fit(self, model: nn.Module, origin: Origin) -> Members:
+        """The members, from a model that `prepare` made, or from a plain one where the method allows it."""
+
+    @abstractmethod
+    def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
+        """The plan in plain values: what will be done to this model, and what a prediction will cost."""

@@ -1,0 +1,242 @@
+"""Networks with dropout at chosen sites: one to train, one that answers for T members in one pass.
+
+The second computes what comes before the first site once. From there on the T members lie in the batch axis, as
+T * N images, so that every later layer sees one large batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress_uq.cost import count_macs
+from compress_uq.errors import UncertaintyError
+from compress_uq.models import as_logits
+from compress_uq.uq.masks import hashed_masks, random_masks, stratified_masks
+from compress_uq.uq.members import Members
+from compress_uq.uq.sites import Site
+
+__all__ = ["DropoutNetwork", "SampledDropout", "sampled_macs", "without_dropout_hooks"]
+
+_SEED: ContextVar[Tensor | None] = ContextVar("seed", default=None)
+
+
+class _Hook:
+    """Marks the hooks of this module, so that a copy of a network can be freed of them."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+
+class _TrainingHook(_Hook):
+    def __init__(self, dropout: _ChannelDropout) -> None:
+        self._dropout = dropout
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return self._dropout(output)  # type: ignore[no-any-return]
+
+
+class _ChannelDropout(nn.Module):
+    """Drops parts of an image's activations at random while training; masks of the site's shape."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.shape, self.p = site.shape, site.p
+
+    def forward(self, activations: Tensor) -> Tensor:
+        if not self.training:
+            return activations
+        keep = torch.rand(len(activations), *self.shape, device=activations.device) >= self.p
+        return activations * (keep.to(activations.dtype) / (1 - self.p))
+
+
+class DropoutNetwork(nn.Module):
+    """A classifier with dropout at the given sites: random masks while training, none in eval."""
+
+    def __init__(self, network: nn.Module, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.network = network
+        self.sites = tuple(sites)
+        new = [site for site in sites if not site.own]
+        self.inserted = nn.ModuleList(_ChannelDropout(site) for site in new)
+        for site, dropout in zip(new, self.inserted, strict=True):
+            network.get_submodule(site.module).register_forward_hook(_TrainingHook(dropout))  # type: ignore[arg-type]
+        for site in sites:
+            if site.own:
+                network.get_submodule(site.module).p = site.p
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) to logits (N, K)."""
+        return as_logits(self.network(images))
+
+
+def without_dropout_hooks(network: nn.Module) -> nn.Module:
+    """A copy of a network without the hooks that this module put there."""
+    bare = copy.deepcopy(network)
+    for module in bare.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
+                del hooks[key]
+    return bare
+
+
+class _Repeat(_Hook):
+    """Before a module: every image T times, member by member."""
+
+    def __init__(self, members: int) -> None:
+        self._members = members
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_repeat(i, self._members) if isinstance(i, Tensor) else i for i in inputs)
+
+
+def _repeat(images: Tensor, members: int) -> Tensor:
+    return images.unsqueeze(0).expand(members, *images.shape).flatten(0, 1)
+
+
+class _MaskHook(_Hook):
+    def __init__(self, masked: _Masked) -> None:
+        self._masked = masked
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return self._masked(output)  # type: ignore[no-any-return]
+
+
+class _Masked(nn.Module):
+    """The masks of one site for all members; `first` folds the members into the batch."""
+
+    masks: Tensor
+
+    def __init__(self, site: Site, members: int, salt: int, first: bool, masks: Tensor) -> None:
+        super().__init__()
+        self.site, self.members, self.salt, self.first = site, members, salt, first
+        self.sampling = "fixed"
+        self.register_buffer("masks", masks)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        split = activations.unsqueeze(0) if self.first else activations.unflatten(0, (self.members, -1))
+        return (split * self._draw(split[0]).to(split.dtype)).flatten(0, 1)
+
+    def _draw(self, one: Tensor) -> Tensor:
+        """(T, 1, *shape) for fixed masks, (T, N, *shape) for those of each image."""
+        if self.sampling == "fixed":
+            return self.masks.unsqueeze(1)
+        if self.sampling == "random":
+            return random_masks(self.members, one, self.site.shape, self.site.p)
+        seed = _SEED.get()
+        if seed is None:
+            raise UncertaintyError("seeded sampling needs a seed per image: model(images, seed), seed int64 of shape (N,)")
+        return hashed_masks(self.members, seed, self.site.shape, self.site.p, self.salt)
+
+
+class SampledDropout(Members):
+    """T members of one network, told apart by their dropout masks.
+
+    Args:
+        network: the trained network; copied, in eval.
+        sites: where it drops, in the order they run.
+        members: T.
+        seed: draws the fixed masks.
+        fold: the module whose input is repeated T times; "" is the whole network, None repeats at the first site.
+        masks: per site (T, *shape), instead of drawing them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sites: Sequence[Site],
+        members: int,
+        *,
+        seed: int = 0,
+        fold: str | None = None,
+        masks: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.count, self.sites, self.fold = members, tuple(sites), fold
+        self.network = without_dropout_hooks(network).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        if masks is None:
+            masks = [stratified_masks(members, site.shape, site.p, generator) for site in sites]
+        self.masked = nn.ModuleList(
+            _Masked(site, members, salt, first=salt == 0 and fold is None, masks=mask)
+            for salt, (site, mask) in enumerate(zip(self.sites, masks, strict=True))
+        )
+        for site, masked in zip(self.sites, self.masked, strict=True):
+            self.network.get_submodule(site.module).register_forward_hook(_MaskHook(masked))  # type: ignore[arg-type]
+        if fold:
+            self.network.get_submodule(fold).register_forward_pre_hook(_Repeat(members))
+
+    def forward(self, images: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Images (N, C, H, W) to logits (T, N, K) float32."""
+        token = _SEED.set(self._seeds(seed))
+        try:
+            folded = _repeat(images, self.count) if self.fold == "" else images
+            logits = as_logits(self.network(folded)).float()
+        finally:
+            _SEED.reset(token)
+        return logits.unflatten(0, (self.count, -1))
+
+    def with_sampling(self, sampling: str) -> SampledDropout:
+        """A copy whose masks are `fixed`, `seeded` (from a seed per image) or `random` (fresh at each call).
+
+        Raises:
+            UncertaintyError: no such mode.
+        """
+        if sampling not in ("fixed", "seeded", "random"):
+            raise UncertaintyError(f"sampling {sampling!r}: expected fixed, seeded or random")
+        other = copy.deepcopy(self)
+        other.sampling = sampling
+        for masked in other.masked:
+            masked.sampling = sampling  # type: ignore[assignment]
+        return other
+
+    def _seeds(self, seed: Tensor | None) -> Tensor | None:
+        if seed is not None and self.sampling != "seeded":
+            raise UncertaintyError(f"a seed was given, but the sampling is {self.sampling!r}: only 'seeded' takes one")
+        return seed
+
+
+def sampled_macs(network: nn.Module, sites: Sequence[Site], fold: str | None, example: Tensor) -> tuple[int, int]:
+    """MACs of one image before the members part, and of one member after it."""
+    one, two = (
+        count_macs(SampledDropout(network, sites, members, fold=fold), example[:1]) for members in (1, 2)
+    )
+    return one - (two - one), two - one
+
+
+def find_fold(network: nn.Module, sites: Sequence[Site], example: Tensor) -> str | None:
+    """The latest point from which the members can share the batch axis.
+
+    At the first site where that gives the members' own answers, else (a skip connection leads around it) at the input
+    of the innermost module around it that does. Decided by comparing numbers, on two images and three members.
+
+    Raises:
+        UncertaintyError: no point does: the network mixes the images of a batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    masks = [stratified_masks(3, site.shape, max(site.p, 0.3), generator) for site in sites]
+    pair = torch.cat([example[:1], example[:1].flip(-1) + 0.5])
+    with torch.no_grad():
+        wanted = torch.cat(
+            [SampledDropout(network, sites, 1, masks=[m[t : t + 1] for m in masks])(pair) for t in range(3)]
+        )
+        for fold in (None, *_ancestors(sites[0].module)):
+            try:
+                got = SampledDropout(network, sites, 3, fold=fold, masks=masks)(pair)
+            except (RuntimeError, ValueError):
+                continue  # shapes clash where a skip connection leads around the fold
+            scale = float(wanted.abs().max()) + 1e-6
+            if got.shape == wanted.shape and float((got - wanted).abs().max()) <= 1e-4 * scale:
+                return fold
+    raise UncertaintyError("the model's answer for an image depends on the other images of the batch: it cannot be sampled")
+
+
+def _ancestors(name: str) -> list[str]:
+    """The modules around a module, innermost first, itself included, the whole network last."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]

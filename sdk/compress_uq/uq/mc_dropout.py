@@ -1,0 +1,137 @@
+"""Monte-Carlo dropout: several passes with parts of the network dropped, most of each pass shared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from compress_uq.cost import measure_cost
+from compress_uq.errors import InputError, UncertaintyError
+from compress_uq.stages import Origin
+from compress_uq.uq.base import Method
+from compress_uq.uq.dropout import DropoutNetwork, SampledDropout, find_fold, sampled_macs, without_dropout_hooks
+from compress_uq.uq.members import Members
+from compress_uq.uq.sites import Site, find_sites, functional_dropout, named_sites
+
+__all__ = ["DropoutPlan", "MCDropout"]
+
+
+@dataclass(frozen=True)
+class DropoutPlan:
+    """Where dropout goes and what T members cost."""
+
+    sites: tuple[Site, ...]
+    fold: str | None
+    """The module whose input is repeated for the members; None: the output of the first site."""
+    samples: int
+    trunk_macs: int
+    """MACs of one image up to where the members part."""
+    tail_macs: int
+    """MACs of one member after that."""
+    dense_macs: int
+
+    @property
+    def macs(self) -> int:
+        """MACs of one image with all its members."""
+        return self.trunk_macs + self.samples * self.tail_macs
+
+    @property
+    def ratio(self) -> float:
+        """Cost of a prediction as a share of one dense pass."""
+        return self.macs / self.dense_macs
+
+
+@dataclass(frozen=True)
+class MCDropout(Method):
+    """Dropout at test time (Gal and Ghahramani 2016), its masks stratified and its trunk shared.
+
+    `p` None is the rate of the model's own dropout layers, and 0.1 where dropout is inserted. `at` is `auto` (the
+    largest set of sites, latest first, whose `samples` members cost at most `sampling_budget` of a dense pass in
+    MACs), or names or patterns of modules. `seed` draws the fixed masks.
+    """
+
+    p: float | None = None
+    at: str | tuple[str, ...] = "auto"
+    samples: int = 20
+    sampling_budget: float = 0.75
+    seed: int = 0
+
+    name = "mc-dropout"
+
+    def __post_init__(self) -> None:
+        if self.p is not None and not 0 < self.p < 1:
+            raise InputError(f"dropout p={self.p}: expected a rate above 0 and below 1")
+        if self.samples < 1:
+            raise InputError(f"samples={self.samples}: expected at least 1")
+        if not self.sampling_budget > 0:
+            raise InputError(f"sampling_budget={self.sampling_budget}: expected a share of a dense pass above 0")
+
+    def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
+        """A copy with dropout in it, random while it trains.
+
+        Raises:
+            UncertaintyError: no place for dropout, or none within the budget.
+        """
+        return DropoutNetwork(copy.deepcopy(model), self.plan(model, origin).sites)
+
+    def fit(self, model: nn.Module, origin: Origin) -> Members:
+        """T members of a network that `prepare` made, or of a plain one."""
+        example = origin.example(model, "mc-dropout")
+        if isinstance(model, DropoutNetwork):
+            network, sites = model.network, model.sites
+            fold = find_fold(network, sites, example)
+        else:
+            plan = self.plan(model, origin)
+            network, sites, fold = model, plan.sites, plan.fold
+        return SampledDropout(network, sites, self.samples, seed=self.seed, fold=fold)
+
+    def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
+        """Sites, rates and cost."""
+        plan = self.plan(model, origin)
+        return {
+            "method": self.name,
+            "samples": plan.samples,
+            "sites": [site.module for site in plan.sites],
+            "p": sorted({site.p for site in plan.sites}),
+            "own_dropout": plan.sites[0].own,
+            "macs": plan.macs,
+            "share_of_dense_pass": plan.ratio,
+            "functional_dropout": list(functional_dropout(model, origin.example(model, "mc-dropout"))),
+        }
+
+    def plan(self, model: nn.Module, origin: Origin) -> DropoutPlan:
+        """Choose the sites.
+
+        Raises:
+            UncertaintyError: no place for dropout, a name that is not in the model, or no site within the budget.
+        """
+        example = origin.example(model, "mc-dropout")
+        dense = origin.dense_cost.macs if origin.dense_cost else measure_cost(model, example.shape[1:]).macs
+        bare = without_dropout_hooks(model.network if isinstance(model, DropoutNetwork) else model).eval()
+        if self.at != "auto":
+            names = self.at.split(",") if isinstance(self.at, str) else self.at
+            return self._cost(bare, named_sites(bare, names, example, self.p), example, dense)
+        candidates = find_sites(bare, example, self.p)
+        chosen: DropoutPlan | None = None
+        for first in range(len(candidates) - 1, -1, -1):
+            plan = self._cost(bare, candidates[first:], example, dense)
+            if plan.ratio > self.sampling_budget:
+                if chosen is None:
+                    raise UncertaintyError(
+                        f"no dropout site fits the sampling budget of {self.sampling_budget} dense passes: "
+                        f"{self.samples} samples from {candidates[first].module} on cost {plan.ratio:.2f}; "
+                        f"prune more, or allow it with --sampling-budget {plan.ratio + 0.005:.2f} (sampling_budget=), "
+                        "or name sites with --dropout-at (at=)"
+                    )
+                break
+            chosen = plan
+        assert chosen is not None  # find_sites never returns nothing
+        return chosen
+
+    def _cost(self, model: nn.Module, sites: Sequence[Site], example: Tensor, dense: int) -> DropoutPlan:
+        fold = find_fold(model, sites, example)
+        trunk, tail = sampled_macs(model, sites, fold, example)
+        return DropoutPlan(tuple(sites), fold, self.samples, trunk, tail, dense)

@@ -1,0 +1,34 @@
+"""Maximum softmax probability: the baseline that costs nothing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from compress_uq.stages import Origin
+from compress_uq.uq.base import Method
+from compress_uq.uq.dropout import without_dropout_hooks
+from compress_uq.uq.members import Members, SingleMember
+
+__all__ = ["MSP"]
+
+
+@dataclass(frozen=True)
+class MSP(Method):
+    """One pass of the network; its confidence is the maximum softmax probability (Hendrycks and Gimpel 2017)."""
+
+    name = "msp"
+
+    def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
+        """A plain copy."""
+        return copy.deepcopy(model)
+
+    def fit(self, model: nn.Module, origin: Origin) -> Members:
+        """The network as the only member."""
+        return SingleMember(without_dropout_hooks(model).eval().requires_grad_(False))
+
+    def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
+        """One pass."""
+        return {"method": self.name, "samples": 1}
