@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from compress_uq.cost import Cost
+from compress_uq.data import DataInfo, Splits
 from compress_uq.errors import InputError
 
 __all__ = ["ModelOrResult", "Origin", "StageResult", "unpack"]
@@ -22,6 +24,28 @@ class Origin:
     """(C, H, W) of one image."""
     dense_cost: Cost | None = None
     """The cost of the model before pruning."""
+    labels: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    """Normalisation of the images, of pixels in 0..1; it goes into the exported file."""
+    data: str | None = None
+    """Name of the data set."""
+    reserved: str | None = None
+    """Fingerprint of the data a fifth of whose test split went into calibration; no figure may use that fifth."""
+
+    def of_data(self, splits: Splits) -> Origin:
+        """The same, with what the splits know."""
+        info = splits.info
+        shape = self.input_shape or tuple(splits.example().shape[1:])
+        return replace(
+            self,
+            input_shape=shape,
+            labels=info.labels or self.labels,
+            mean=info.mean or self.mean,
+            std=info.std or self.std,
+            data=self.data if info.name == DataInfo.name else Path(info.name).name,
+            reserved=info.fingerprint if info.calibration_from_test else self.reserved,
+        )
 
     def example(self, model: nn.Module, stage: str, images: int = 1) -> Tensor:
         """Images of the right shape, drawn from a fixed seed, on the model's device.

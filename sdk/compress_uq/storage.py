@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compress_uq.errors import ArtifactError
 
-__all__ = ["replace_directory", "replace_file", "sha256", "write_bytes"]
+__all__ = ["refuse_existing", "replace_directory", "replace_file", "sha256", "write_bytes"]
 
 
 def sha256(path: Path) -> str:

@@ -52,11 +52,11 @@ class Temperature(Calibrator):
             return float(-(logsumexp(log_p, axis=0) - math.log(len(members))).mean())
 
         found = minimize_scalar(nll, bounds=(-_BOUND, _BOUND), method="bounded", options={"xatol": 1e-6})
-        if _BOUND - abs(found.x) < 1e-3:
+        if min(nll(-_BOUND), nll(_BOUND)) <= nll(found.x) + 1e-7:
             right = int((np.exp(log_softmax(members, axis=2)).mean(0).argmax(1) == labels).sum())
             raise CalibrationError(
-                f"no temperature fits: the optimum is beyond {math.exp(found.x):.3g}, with {right} of {len(labels)} "
-                "calibration images classified right; give more calibration images, or calibration 'none'"
+                f"no temperature fits: {right} of {len(labels)} calibration images are classified right, and the "
+                "likelihood has no optimum; give more calibration images, or calibration 'none'"
             )
         return cls(float(found.x))
 

@@ -1,6 +1,7 @@
 """Data sets, splits and batches."""
 
 from compress_uq.data.augment import AUGMENTATIONS, Augmentation
+from compress_uq.data.folders import read_images
 from compress_uq.data.images import ImageTensors, batches, check_labels, fit_images
 from compress_uq.data.loading import hold_out, load_splits
 from compress_uq.data.named import DATASETS
@@ -24,5 +25,6 @@ __all__ = [
     "labels_of",
     "load_splits",
     "ood_set",
+    "read_images",
     "take_class_balanced",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from compress_uq.data.images import Normalisation
 from compress_uq.errors import DataError
 
-__all__ = ["ImageFiles", "class_folders", "image_files", "shape_of_images"]
+__all__ = ["ImageFiles", "class_folders", "image_files", "read_images", "shape_of_images"]
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
@@ -65,6 +67,16 @@ def open_image(file: Path) -> Any:
     except (OSError, UnidentifiedImageError) as error:
         raise DataError(f"{file} is not an image that can be read: {error}") from error
     return image
+
+
+def read_images(files: Sequence[Path], shape: tuple[int, ...], normalisation: Normalisation) -> Tensor:
+    """Images (N, C, H, W) from files, resized and normalised as a folder's are.
+
+    Raises:
+        DataError: a file is missing or not an image.
+    """
+    dataset = ImageFiles(list(files), [0] * len(files), shape, normalisation)
+    return torch.stack([dataset[i][0] for i in range(len(dataset))])
 
 
 def image_files(folder: Path) -> list[Path]:

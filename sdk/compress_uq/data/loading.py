@@ -52,6 +52,7 @@ def load_splits(
     input_shape: tuple[int, ...] | None = None,
     ood: Sequence[str] = (),
     record: DataRecord | None = None,
+    reserve: bool = True,
     seed: int = 0,
 ) -> Splits:
     """The splits of a named set, a folder of class folders, or a `package.module:callable` returning `Splits`.
@@ -63,6 +64,7 @@ def load_splits(
         input_shape: (C, H, W) that images of a folder are brought to; by default their own size.
         ood: out-of-distribution sets to report on: names or folders.
         record: what the checkpoint remembers of its training data; None for weights from elsewhere.
+        reserve: set calibration images aside; False leaves the test split whole, for a model that is only measured.
         seed: draws the splits that are drawn.
 
     Raises:
@@ -81,7 +83,10 @@ def load_splits(
         fingerprint=fingerprint,
         notes=source.notes,
     )
-    splits = _calibration_rule(source, info, record, seed)
+    if reserve:
+        splits = _calibration_rule(source, info, record, seed)
+    else:
+        splits = Splits(train=source.train, test=source.test, info=replace(info, calibration="none"))
     return _with_ood(splits, ood or source.ood, Path(root), source.normalisation)
 
 
@@ -119,6 +124,7 @@ def _calibration_rule(source: _Source, info: DataInfo, record: DataRecord | None
         info,
         calibration=f"a class-balanced fifth of the test split ({len(chosen_test)} images), since the training of "
         f"these weights is not recorded; figures are on the other {len(rest_test)}",
+        calibration_from_test=True,
     )
     return Splits(
         train=source.train,

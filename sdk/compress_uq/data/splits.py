@@ -33,6 +33,8 @@ class DataInfo:
     """The augmentation that suits these images, used unless the caller names another."""
     calibration: str = "given by the caller"
     """Where the calibration split comes from, in words."""
+    calibration_from_test: bool = False
+    """True where the calibration split is a fifth of the test split."""
     fingerprint: str | None = None
     held_out: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from compress_uq.errors import MissingDependencyError, ModelError, UnknownNameError
@@ -47,8 +48,10 @@ class Architecture:
     input_shape: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self) -> nn.Module:
-        """A freshly initialised model."""
+    def build(self, seed: int | None = None) -> nn.Module:
+        """A freshly initialised model, its weights drawn from `seed` where one is given."""
+        if seed is not None:
+            torch.manual_seed(seed)
         return build_model(
             self.reference, num_classes=self.num_classes, input_shape=self.input_shape, options=self.options
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -19,6 +20,8 @@ class Method(ABC):
     """The configuration of a method; it acts before fine-tuning (`prepare`) and after it (`fit`)."""
 
     name: ClassVar[str]
+    trains_differently: ClassVar[bool] = False
+    """True where `prepare` changes how the model is trained."""
 
     @abstractmethod
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
@@ -27,6 +30,10 @@ class Method(ABC):
     @abstractmethod
     def fit(self, model: nn.Module, origin: Origin) -> Members:
         """The members, from a model that `prepare` made, or from a plain one where the method allows it."""
+
+    @abstractmethod
+    def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
+        """Members of the right shapes, their tensors still to be loaded, from what `Members.structure` told."""
 
     @abstractmethod
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:

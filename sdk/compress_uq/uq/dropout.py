@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextvars import ContextVar
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -180,6 +181,10 @@ class SampledDropout(Members):
         finally:
             _SEED.reset(token)
         return logits.unflatten(0, (self.count, -1))
+
+    def structure(self) -> dict[str, Any]:
+        """Members, sites and fold."""
+        return {"members": self.count, "fold": self.fold, "sites": [asdict(site) for site in self.sites]}
 
     def with_sampling(self, sampling: str) -> SampledDropout:
         """A copy whose masks are `fixed`, `seeded` (from a seed per image) or `random` (fresh at each call).

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress_uq.cost import measure_cost
@@ -60,6 +62,7 @@ class MCDropout(Method):
     seed: int = 0
 
     name = "mc-dropout"
+    trains_differently = True
 
     def __post_init__(self) -> None:
         if self.p is not None and not 0 < self.p < 1:
@@ -87,6 +90,14 @@ class MCDropout(Method):
             plan = self.plan(model, origin)
             network, sites, fold = model, plan.sites, plan.fold
         return SampledDropout(network, sites, self.samples, seed=self.seed, fold=fold)
+
+    def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
+        """Members with masks of the right shapes."""
+        sites = tuple(
+            Site(site["module"], site["p"], tuple(site["shape"]), site["own"]) for site in structure["sites"]
+        )
+        masks = [torch.zeros(structure["members"], *site.shape) for site in sites]
+        return SampledDropout(network, sites, structure["members"], fold=structure["fold"], masks=masks)
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Sites, rates and cost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,12 +18,18 @@ class Members(nn.Module, ABC):
 
     count: int
     """T, the number of members."""
+    network: nn.Module
+    """The network that all members share."""
     sampling: str = "fixed"
     """`fixed`, `seeded` or `random`."""
 
     @abstractmethod
     def forward(self, images: Tensor, seed: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) to logits (T, N, K) float32; `seed` (N,) int64 where the sampling is seeded."""
+
+    def structure(self) -> dict[str, Any]:
+        """What `Method.restore` needs besides the network and the tensors; plain values."""
+        return {"members": self.count}
 
     def with_sampling(self, sampling: str) -> Members:
         """A copy that samples in another mode.

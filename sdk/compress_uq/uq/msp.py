@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +30,10 @@ class MSP(Method):
     def fit(self, model: nn.Module, origin: Origin) -> Members:
         """The network as the only member."""
         return SingleMember(without_dropout_hooks(model).eval().requires_grad_(False))
+
+    def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
+        """The network as the only member."""
+        return self.fit(network, Origin())
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """One pass."""

@@ -1,0 +1,74 @@
+"""`compress-uq`: the commands, and how a failure ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+import compress_uq as cuq
+from compress_uq_cli import demo, evaluate, export, methods, predict, prune, train, verify
+from compress_uq_cli.console import complain
+
+__all__ = ["app", "main", "run"]
+
+app = typer.Typer(
+    name="compress-uq",
+    help="Prune a trained classifier and ship it with calibrated uncertainty in one ONNX file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("prune")(prune.prune)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
+app.command("predict")(predict.predict)
+app.command("methods")(methods.methods)
+app.command("demo")(demo.demo)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    if version:
+        typer.echo(cuq.__version__)
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; the exit code.
+
+    0 done, 1 a requirement is not met, 2 bad input, 3 a fault of ours, 130 interrupted.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except typer.TyperException as error:
+        complain(error.format_message())
+        return 2
+    except cuq.errors.RequirementNotMetError as error:
+        complain(str(error))
+        return 1
+    except (cuq.errors.InputError, cuq.errors.MissingDependencyError) as error:
+        complain(str(error))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted; nothing was written")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        complain("this is a fault of compress-uq, not of your input: please report it with the lines above")
+        return 3
+    return code if isinstance(code, int) else 0
+
+
+def run() -> None:
+    """The console script."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)  # threads of a library that was interrupted may not end by themselves
+    sys.exit(code)

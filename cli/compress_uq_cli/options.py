@@ -1,0 +1,121 @@
+"""Options that several commands share, and their reading."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import compress_uq as cuq
+
+Arch = Annotated[
+    str | None,
+    typer.Option(help="compress-uq:NAME, torchvision:NAME, timm:NAME or package.module:callable."),
+]
+ArchOption = Annotated[
+    list[str] | None, typer.Option("--arch-option", help="KEY=VALUE for the architecture, such as widths=128,64.")
+]
+NumClasses = Annotated[int | None, typer.Option(help="Number of classes, where neither file nor data tell it.")]
+Data = Annotated[
+    str | None, typer.Option(help="A data set's name, a folder of class folders, or package.module:callable.")
+]
+DataRoot = Annotated[Path, typer.Option(help="Where the named data sets lie or are downloaded to.")]
+Mean = Annotated[str | None, typer.Option(help="Per channel, of pixels in 0..1, comma-separated.")]
+Std = Annotated[str | None, typer.Option(help="Per channel, of pixels in 0..1, comma-separated.")]
+Ood = Annotated[
+    list[str] | None, typer.Option(help="An out-of-distribution set: a name or a folder of images; repeatable.")
+]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training, 0 or more.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+Augment = Annotated[str | None, typer.Option(help="Augmentation; by default what suits the data set.")]
+ClassWeights = Annotated[str | None, typer.Option(help="none, balanced, or a weight per class, comma-separated.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that load images.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda[:i].")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
+UnsafeLoad = Annotated[
+    bool, typer.Option("--unsafe-load", help="Allow a whole pickled model, whose loading can run code.")
+]
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Lay a TOML file under the command line's own options."""
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise cuq.InputError(f"--config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise cuq.InputError(f"--config {path} is not TOML: {error}") from error
+    known = {p.name for p in context.command.params if p.name is not None} - {"config", "model"}
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise cuq.errors.UnknownNameError(f"key of {path}", key, (k.replace("_", "-") for k in known))
+        values[name] = _as_option(value)
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _as_option(value: Any) -> Any:
+    """TOML's numbers in a list are a comma-separated option; strings in a list a repeated one."""
+    if isinstance(value, list) and value and not all(isinstance(v, str) for v in value):
+        return ",".join(str(v) for v in value)
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(help="TOML file with options; the command line wins.", callback=_read_config, is_eager=True),
+]
+
+
+def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Comma-separated numbers.
+
+    Raises:
+        InputError: something else.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise cuq.InputError(f"{option} {text!r}: expected numbers separated by commas") from error
+
+
+def arch_options(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs; a value with commas is a sequence of numbers.
+
+    Raises:
+        InputError: not a pair of a name and numbers.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, found, text = pair.partition("=")
+        try:
+            values = [int(part) for part in text.split(",") if part]
+        except ValueError as error:
+            raise cuq.InputError(f"--arch-option {pair!r}: expected whole numbers, such as widths=128,64") from error
+        if not found or not key or not values:
+            raise cuq.InputError(f"--arch-option {pair!r}: expected KEY=VALUE, such as widths=128,64")
+        options[key] = values if key in ("widths", "hidden") or len(values) > 1 else values[0]
+    return options
+
+
+def class_weights(text: str | None) -> str | tuple[float, ...] | None:
+    """`none`, `balanced`, or a weight per class."""
+    if text is None or text.isalpha():
+        return text
+    return numbers(text, "--class-weights")
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given, so that defaults stay where they are defined."""
+    return {name: value for name, value in values.items() if value is not None}

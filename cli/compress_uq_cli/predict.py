@@ -1,0 +1,51 @@
+"""`compress-uq predict`: labels, confidences and uncertainties of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import compress_uq as cuq
+from compress_uq_cli import options as o
+from compress_uq_cli.console import print_json, show_table
+
+__all__ = ["predict"]
+
+
+def predict(
+    artifact: Annotated[Path, typer.Argument(help="A bundle or an .onnx file.")],
+    files: Annotated[list[Path], typer.Argument(help="Images.")],
+    mean: o.Mean = None,
+    std: o.Std = None,
+    json: o.Json = False,
+) -> None:
+    """Say what images show, how sure that is, and how unlike the training data they are."""
+    if artifact.is_dir():
+        cuq.verify_files(artifact)
+    model = cuq.OnnxPredictor(artifact / "model.onnx" if artifact.is_dir() else artifact)
+    recorded = model.metadata
+    chosen_mean = o.numbers(mean, "--mean") or recorded["input"]["mean"]
+    chosen_std = o.numbers(std, "--std") or recorded["input"]["std"]
+    if chosen_mean is None or chosen_std is None:
+        raise cuq.InputError(f"{artifact} does not record its normalisation: pass --mean and --std")
+    images = cuq.data.read_images(files, model.input_shape, (tuple(chosen_mean), tuple(chosen_std)))
+    answers = model(images.numpy())
+    labels = recorded["labels"] or [str(k) for k in range(answers.probabilities.shape[1])]
+    results = [
+        {
+            "file": str(file),
+            "label": labels[int(answers.label[i])],
+            **{
+                name: float(getattr(answers, name)[i])
+                for name in ("confidence", "uncertainty", "entropy", "mutual_information", "variance", "ood_score")
+            },
+        }
+        for i, file in enumerate(files)
+    ]
+    shown = ("file", "label", "confidence", "uncertainty", "mutual_information", "ood_score")
+    rows = [[str(r[c]) if isinstance(r[c], str) else f"{r[c]:.4f}" for c in shown] for r in results]
+    show_table(f"{artifact}", shown, rows)
+    if json:
+        print_json(results)

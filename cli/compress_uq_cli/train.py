@@ -1,0 +1,83 @@
+"""`compress-uq train`: a dense model, so that there is something to prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import compress_uq as cuq
+from compress_uq_cli import options as o
+from compress_uq_cli.console import note, print_json, progress
+
+__all__ = ["train"]
+
+
+def train(
+    arch: Annotated[str, typer.Option(help="compress-uq:NAME, torchvision:NAME, timm:NAME or package.module:callable.")],
+    data: Annotated[str, typer.Option(help="A data set's name, a folder of class folders, or package.module:callable.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write, such as model.pt.")],
+    arch_option: o.ArchOption = None,
+    epochs: o.Epochs = None,
+    lr: o.LearningRate = None,
+    batch_size: o.BatchSize = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
+    augment: o.Augment = None,
+    class_weights: o.ClassWeights = None,
+    workers: o.Workers = None,
+    seed: o.Seed = None,
+    device: o.Device = None,
+    data_root: o.DataRoot = Path("data"),
+    mean: o.Mean = None,
+    std: o.Std = None,
+    overwrite: o.Overwrite = False,
+    config: o.Config = None,
+    json: o.Json = False,
+) -> None:
+    """Train a dense model; a tenth of the training set is held out for calibration and recorded."""
+    if out.exists() and not overwrite:
+        raise cuq.InputError(f"{out} exists: pass --overwrite to replace it, or another --out")
+    if not out.parent.is_dir():
+        raise cuq.InputError(f"--out {out}: the folder {out.parent} is not there")
+    training = cuq.TrainingConfig(
+        **o.given(
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            augment=augment,
+            class_weights=o.class_weights(class_weights),
+            workers=workers,
+            seed=seed,
+            device=device,
+        )
+    )
+    whole = cuq.load_splits(
+        data, root=data_root, mean=o.numbers(mean, "--mean"), std=o.numbers(std, "--std"), reserve=False
+    )
+    splits = cuq.hold_out(whole, seed=training.seed)
+    info = splits.info
+    shape = tuple(splits.example().shape[1:])
+    labels = info.labels or tuple(str(k) for k in range(int(cuq.data.labels_of(splits.require("train", "train")).max()) + 1))
+    architecture = cuq.Architecture(arch, len(labels), shape, o.arch_options(arch_option))
+    model = architecture.build(training.seed)
+    with progress() as callback:
+        result = cuq.finetune(model, splits, training=training, progress=callback, stage="training")
+        measured = cuq.evaluate(result, splits, progress=callback) if splits.test is not None else None
+    cuq.save_model(
+        result.model,
+        out,
+        arch=architecture,
+        labels=labels,
+        mean=info.mean,
+        std=info.std,
+        data=cuq.models.DataRecord(data, info.fingerprint or "", info.held_out),
+        training={"epochs": training.epochs, "seed": training.seed, "lr": training.lr, "version": cuq.__version__},
+    )
+    accuracy = None if measured is None else measured.metrics["accuracy"].value
+    shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
+    note(f"{out}: {arch} on {data}{shown}")
+    if json:
+        history = [vars(epoch) for epoch in result.history]
+        print_json({"out": str(out), "accuracy": accuracy, "history": history})

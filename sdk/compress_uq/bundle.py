@@ -1,0 +1,277 @@
+"""The folder that a run leaves: a model, its report card and a verified ONNX file, every byte accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from compress_uq._version import __version__
+from compress_uq.calibration import CALIBRATORS
+from compress_uq.cost import Cost
+from compress_uq.errors import ArtifactError, InputError
+from compress_uq.export import ExportResult, export_onnx
+from compress_uq.models import Architecture
+from compress_uq.report import ReportCard
+from compress_uq.report.card import markdown
+from compress_uq.stages import Origin
+from compress_uq.storage import refuse_existing, replace_directory, sha256
+from compress_uq.structure import describe_structure, rebuild
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import METHODS
+
+__all__ = ["FORMAT_VERSION", "Bundle", "verify_files", "recipe_hash"]
+
+FORMAT_VERSION = 1
+FILES = ("model.safetensors", "structure.json", "report.json", "report.md", "report.html", "model.onnx")
+
+_NO_ARCHITECTURE = (
+    "this bundle does not name an architecture that can be rebuilt: pass Bundle.load(path, model=DENSE_MODULE) "
+    "(or a callable that makes it); its ONNX file works without"
+)
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a recipe in canonical JSON."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A compressed model with everything that belongs to it.
+
+    One that `compress` made holds a `card`; one that was loaded holds only the card's content, `report_json`.
+    """
+
+    onnx: bytes
+    """The content of model.onnx."""
+    report_json: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    """The other files of the folder, by name."""
+    fingerprint: str | None = None
+    """Of the training data."""
+    card: ReportCard | None = None
+    uncertain: UncertainModel | None = None
+
+    @property
+    def model(self) -> UncertainModel:
+        """The uncertain model, an ordinary `nn.Module` whose forward gives a `Prediction`.
+
+        Raises:
+            ArtifactError: loaded without an architecture to rebuild it from.
+        """
+        if self.uncertain is None:
+            raise ArtifactError(_NO_ARCHITECTURE)
+        return self.uncertain
+
+    @property
+    def report(self) -> ReportCard | LoadedCard:
+        """The report card; `.to_json()` and `.to_markdown()` on any bundle."""
+        return self.card if self.card is not None else LoadedCard(self.report_json)
+
+    @classmethod
+    def build(
+        cls,
+        model: UncertainModel,
+        dense: nn.Module,
+        card: ReportCard,
+        onnx: bytes,
+        architecture: Architecture | None,
+        fingerprint: str | None,
+    ) -> Bundle:
+        """A bundle from what a run produced."""
+        report = card.to_json()
+        files = {
+            "model.safetensors": _tensors(model),
+            "structure.json": _json(_structure(model, dense, architecture)),
+            "report.json": _json(report),
+            "report.md": card.to_markdown().encode(),
+            "report.html": card.to_html().encode(),
+        }
+        return cls(onnx, report, report["recipe"], files, fingerprint, card, model)
+
+    @staticmethod
+    def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+        """What `save` would refuse, before any work is done for it.
+
+        Raises:
+            ArtifactError: `path` exists and `overwrite` is False, or it is not a bundle.
+        """
+        refuse_existing(Path(path), overwrite=overwrite)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the folder, whole or not at all.
+
+        Raises:
+            ArtifactError: `path` exists and `overwrite` is False, it holds something else, or it cannot be written.
+        """
+        with replace_directory(path, overwrite=overwrite) as folder:
+            for name, content in {**self.files, "model.onnx": self.onnx}.items():
+                (folder / name).write_bytes(content)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "versions": _versions(),
+                "sha256": {name: sha256(folder / name) for name in FILES},
+                "recipe": self.recipe,
+                "recipe_sha256": recipe_hash(self.recipe),
+                "seed": self.recipe.get("seed"),
+                "data_fingerprint": self.fingerprint,
+            }
+            (folder / "manifest.json").write_bytes(_json(manifest))
+        return Path(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+        arch: str | None = None,
+    ) -> Bundle:
+        """Read a bundle; every file is checked against its hash, and nothing in it is run.
+
+        Args:
+            path: the folder.
+            model: the dense module, or a callable that makes it, where the bundle names no architecture.
+            arch: names the bundle's `package.module:callable` again, which allows importing it.
+
+        Raises:
+            ArtifactError: not a bundle, or a file that is missing or was changed (names it).
+        """
+        folder = Path(path)
+        manifest = verify_files(folder)
+        files = {name: (folder / name).read_bytes() for name in FILES}
+        structure = json.loads(files["structure.json"])
+        dense = _dense(structure, model, arch)
+        uncertain = None if dense is None else _rebuild(structure, dense, files["model.safetensors"])
+        report = json.loads(files["report.json"])
+        onnx = files.pop("model.onnx")
+        return cls(onnx, report, manifest["recipe"], files, manifest["data_fingerprint"], None, uncertain)
+
+    def export_onnx(self, path: str | os.PathLike[str], *, sampling: str = "fixed") -> ExportResult:
+        """Export again; see `compress_uq.export_onnx`."""
+        return export_onnx(self.model, path, sampling=sampling, recipe_hash=recipe_hash(self.recipe))
+
+
+@dataclass(frozen=True)
+class LoadedCard:
+    """The report card of a loaded bundle: its content, without the answers it was measured on."""
+
+    content: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return dict(self.content)
+
+    def to_markdown(self) -> str:
+        """The card as tables."""
+        return markdown(self.content)
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose files all match it.
+
+    Raises:
+        ArtifactError: not a bundle, of a newer format, or the first file that is missing or does not match.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not a bundle: it has no manifest.json")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        version, hashes = int(manifest["format_version"]), dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from error
+    if version > FORMAT_VERSION:
+        raise ArtifactError(f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}: update compress-uq")
+    if recipe_hash(manifest.get("recipe", {})) != manifest.get("recipe_sha256"):
+        raise ArtifactError(f"{path}: the recipe does not match its hash; the bundle was changed after it was written")
+    for name in FILES:
+        if name not in hashes or not (folder / name).is_file():
+            raise ArtifactError(f"{folder} lacks {name}")
+        if sha256(folder / name) != hashes[name]:
+            raise ArtifactError(f"{folder / name} does not match its hash: it was changed after the bundle was written")
+    return manifest
+
+
+def _tensors(model: UncertainModel) -> bytes:
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    content: bytes = save_tensors(state)
+    return content
+
+
+def _structure(model: UncertainModel, dense: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
+    origin = model.origin
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": None if architecture is None else architecture.to_json(),
+        "network": describe_structure(dense, model.members.network),
+        "method": {"name": model.method.name, "options": vars(model.method)},
+        "members": model.members.structure(),
+        "calibrator": model.calibrator.name,
+        "origin": asdict(origin),
+    }
+
+
+def _dense(structure: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None, arch: str | None) -> nn.Module | None:
+    if model is not None:
+        made = model if isinstance(model, nn.Module) else model()
+        if not isinstance(made, nn.Module):
+            raise InputError(f"model={model!r}: expected a torch.nn.Module or a callable that makes one")
+        return made
+    recorded = structure["architecture"]
+    if recorded is None:
+        return None
+    architecture = Architecture.from_json(recorded)
+    if architecture.imports_user_code and arch != architecture.reference:
+        return None
+    return architecture.build()
+
+
+def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> UncertainModel:
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in structure["method"]["options"].items()}
+    method = METHODS[structure["method"]["name"]](**options)
+    network = rebuild(dense, structure["network"]).eval()
+    members = method.restore(network, structure["members"])
+    model = UncertainModel(members, method, _origin(structure["origin"]), CALIBRATORS[structure["calibrator"]]())
+    state = load_tensors(tensors)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArtifactError(f"model.safetensors does not fit structure.json: {str(error).splitlines()[1].strip()}") from error
+    return model
+
+
+def _origin(data: Mapping[str, Any]) -> Origin:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    cost = values.pop("dense_cost")
+    return Origin(**values, dense_cost=None if cost is None else Cost(**cost))
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, allow_nan=False).encode()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "torch-pruning", "onnx", "onnxscript", "safetensors", "numpy")
+    return {"compress-uq": __version__, **{name: metadata.version(name) for name in packages}}
+
+
+def temporary_onnx(model: UncertainModel, recipe: Mapping[str, Any] | None = None) -> bytes:
+    """The exported, gated file of a model, as bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(model, path, recipe_hash=None if recipe is None else recipe_hash(recipe))
+        return path.read_bytes()
+

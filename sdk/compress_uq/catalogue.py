@@ -1,0 +1,36 @@
+"""Everything that can be named: what `compress-uq methods` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress_uq.calibration import CALIBRATORS
+from compress_uq.data import AUGMENTATIONS, DATASETS, MADE_SETS
+from compress_uq.export import EXPORTERS
+from compress_uq.metrics import METRICS
+from compress_uq.models import ARCHITECTURES
+from compress_uq.pruning import CRITERIA
+from compress_uq.registry import Registry
+from compress_uq.uq import METHODS
+
+__all__ = ["REGISTRIES", "catalogue"]
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "criteria": CRITERIA,
+    "uq": METHODS,
+    "calibrators": CALIBRATORS,
+    "metrics": METRICS,
+    "exporters": EXPORTERS,
+    "architectures": ARCHITECTURES,
+    "datasets": DATASETS,
+    "ood_sets": MADE_SETS,
+    "augmentations": AUGMENTATIONS,
+}
+
+
+def catalogue() -> dict[str, list[dict[str, str]]]:
+    """Every registry's entries: name, a line, and a source."""
+    return {
+        kind: [{"name": e.name, "summary": e.summary, "source": e.source} for e in registry]
+        for kind, registry in REGISTRIES.items()
+    }

@@ -1,0 +1,11 @@
+"""ONNX files: written, gated, and only then kept."""
+
+from compress_uq.export.gates import GATES, check_graph
+from compress_uq.export.onnx_file import ExportResult, export_onnx
+from compress_uq.registry import Entry, Registry
+
+__all__ = ["EXPORTERS", "GATES", "ExportResult", "check_graph", "export_onnx"]
+
+EXPORTERS: Registry[str] = Registry(
+    "exporter", Entry("onnx", "one ONNX file at opset 18, float32, samples folded into the batch", "", "onnx")
+)

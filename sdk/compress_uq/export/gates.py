@@ -1,0 +1,214 @@
+"""What an exported graph has to pass before it is kept. Each gate is a function; each has caught a real trap."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from compress_uq.errors import ArtifactError, GateError
+from compress_uq.export.graph import OPSET
+from compress_uq.runtime import METADATA_PREFIX, session
+from compress_uq.types import OUTPUT_NAMES
+from compress_uq.uncertain import UncertainModel
+
+__all__ = ["GATES", "TOLERANCE", "GateInput", "check_graph"]
+
+TOLERANCE = 1e-4
+"""Largest difference of a probability between two ways of running one graph."""
+
+# Operators of the default domain that, at opset 18, have a kernel in ONNX Runtime's CUDA provider and stand on
+# TensorRT's list. Control flow, Dropout and the random operators are left out on purpose.
+_PORTABLE = frozenset(
+    "Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv "
+    "ConvTranspose CumSum DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND "
+    "Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization "
+    "LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mod Mul Neg Not Or PRelu Pad "
+    "Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize Round "
+    "ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Cos Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze "
+    "Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where".split()
+)
+_RANDOM = frozenset({"RandomUniformLike"})
+
+
+@dataclass(frozen=True)
+class GateInput:
+    """A graph, what runs it, and what torch says where the model is at hand."""
+
+    proto: onnx.ModelProto
+    content: bytes
+    feed: Mapping[str, np.ndarray]
+    optimised: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+    plain: Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+    members: int
+    deterministic: bool
+    """False where each call draws anew."""
+    expected: list[np.ndarray] | None
+    """Torch's answers to `feed`; None without a torch model."""
+
+
+def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
+    """Run every gate on the bytes of a file; what each one found.
+
+    Raises:
+        GateError: the first that fails, by name.
+        ArtifactError: not an ONNX file, or not one of ours.
+    """
+    try:
+        proto = onnx.load_from_string(content)
+    except Exception as error:  # protobuf's errors have no common type
+        raise ArtifactError(f"not an ONNX file: {str(error).splitlines()[0]}") from error
+    recorded = {p.key.removeprefix(METADATA_PREFIX): p.value for p in proto.metadata_props}
+    if "sampling" not in recorded or "samples" not in recorded:
+        raise ArtifactError("the ONNX file was not exported by compress-uq: it does not say how it samples")
+    feed = _feed(proto)
+    expected = None
+    if model is not None:
+        with torch.no_grad():
+            answers = model(*(torch.from_numpy(value) for value in feed.values()))
+        expected = [field.numpy() for field in answers if field is not None]
+    given = GateInput(
+        proto,
+        content,
+        feed,
+        _runner(content, True),
+        _runner(content, False),
+        json.loads(recorded["samples"]),
+        json.loads(recorded["sampling"]) != "random",
+        expected,
+    )
+    return {name: gate(given) for name, gate in GATES.items()}
+
+
+def _feed(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Five random images, and seeds where the graph takes them."""
+    random = np.random.default_rng(1)
+    shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]]
+    feed = {"images": random.normal(size=(5, *shape)).astype(np.float32)}
+    if len(proto.graph.input) > 1:
+        feed["seed"] = random.integers(-(2**62), 2**62, 5)
+    return feed
+
+
+def _runner(content: bytes, optimise: bool) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+    try:
+        made = session(content, optimise=optimise)
+    except Exception as error:  # onnxruntime's errors have no common type
+        raise GateError(f"gate 'loads': onnxruntime refuses the graph: {str(error).splitlines()[0]}") from error
+    return lambda feed: made.run(None, dict(feed))  # type: ignore[no-any-return]
+
+
+def _operators(given: GateInput) -> str:
+    """Opset 18, one domain, no control flow, no operator that a GPU runtime lacks, nothing random unless asked."""
+    opsets = {item.domain: item.version for item in given.proto.opset_import}
+    if opsets != {"": OPSET}:
+        raise GateError(f"gate 'operators': opsets are {opsets}, expected only the default domain at {OPSET}")
+    if given.proto.functions:
+        raise GateError(f"gate 'operators': the graph holds {len(given.proto.functions)} functions, expected none")
+    allowed = _PORTABLE if given.deterministic else _PORTABLE | _RANDOM
+    foreign = sorted({node.op_type for node in given.proto.graph.node} - allowed)
+    if foreign:
+        raise GateError(f"gate 'operators': {', '.join(foreign)} cannot run on every GPU runtime, or is random")
+    return f"{len(given.proto.graph.node)} nodes"
+
+
+def _signature(given: GateInput) -> str:
+    """Names and order of inputs and outputs, one symbolic batch axis in front of all of them."""
+    graph = given.proto.graph
+    names = [o.name for o in graph.output]
+    if tuple(names[: len(OUTPUT_NAMES)]) != OUTPUT_NAMES:
+        raise GateError(f"gate 'signature': outputs are {names}")
+    axes = {v.type.tensor_type.shape.dim[0].dim_param for v in (*graph.input, *graph.output)}
+    if len(axes) != 1 or "" in axes:
+        raise GateError(f"gate 'signature': the batch axes are {sorted(axes)}, expected one symbolic axis in front")
+    return f"batch axis {axes.pop()}"
+
+
+def _one_file(given: GateInput) -> str:
+    """No tensor outside the file, and no trace of the machine that made it."""
+    for tensor in given.proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise GateError(f"gate 'one file': {tensor.name} lies in another file")
+    for place in {os.getcwd(), os.path.expanduser("~") + os.sep, "site-packages"} - {os.sep, os.sep * 2}:
+        if place.encode() in given.content:
+            raise GateError(f"gate 'one file': the file holds the path {place!r}")
+    return f"{len(given.content)} bytes"
+
+
+def _optimisation(given: GateInput) -> str:
+    """The optimiser changes no answer."""
+    if not given.deterministic:
+        return "not compared: each call draws anew"
+    return _agree("optimisation", given.optimised(given.feed), given.plain(given.feed))
+
+
+def _parity(given: GateInput) -> str:
+    """onnxruntime answers as torch does with the same masks."""
+    if not given.deterministic or given.expected is None:
+        return "not compared: " + ("each call draws anew" if not given.deterministic else "no torch model at hand")
+    return _agree("parity", given.optimised(given.feed), given.expected)
+
+
+def _batch(given: GateInput) -> str:
+    """An image's answer depends neither on its place in the batch nor on its company."""
+    if not given.deterministic:
+        return "not compared: each call draws anew"
+    whole = given.optimised(given.feed)
+    turned = given.optimised({name: value[::-1].copy() for name, value in given.feed.items()})
+    _agree("batch", [field[::-1] for field in turned], whole)
+    alone = given.optimised({name: value[3:4] for name, value in given.feed.items()})
+    return _agree("batch", alone, [field[3:4] for field in whole])
+
+
+def _members(given: GateInput) -> str:
+    """Members that differ in torch differ as much in the file: nothing was merged or optimised away."""
+    if given.members == 1:
+        return "one member"
+    place = OUTPUT_NAMES.index("variance")
+    answers = given.optimised(given.feed)
+    got = float(answers[place].max())
+    if got <= 0:
+        raise GateError(f"gate 'members': the {given.members} members are all alike: nothing is sampled")
+    wanted = got if given.expected is None else float(given.expected[place].max())
+    if not 0.3 * wanted <= got <= 3 * max(wanted, 1e-30):
+        raise GateError(f"gate 'members': the variance over members is {got:.3g} in the file and {wanted:.3g} in torch")
+    if not given.deterministic and np.array_equal(answers[0], given.optimised(given.feed)[0]):
+        raise GateError("gate 'members': two calls gave the same answer, and fresh samples were asked for")
+    return f"variance {got:.3g}"
+
+
+def _agree(gate: str, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
+    worst = 0.0
+    for name, a, b in zip(OUTPUT_NAMES, got, wanted, strict=False):
+        if name == "label":
+            clear = _margin(wanted[0]) > 2 * TOLERANCE
+            if (a != b)[clear].any():
+                raise GateError(f"gate {gate!r}: labels differ")
+            continue
+        difference = float(np.abs(a.astype(np.float64) - b).max())
+        if not difference <= TOLERANCE * (10 if name in ("entropy", "ood_score", "mutual_information") else 1):
+            raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {TOLERANCE}")
+        worst = max(worst, difference)
+    return f"largest difference {worst:.2g}"
+
+
+def _margin(probabilities: np.ndarray) -> Any:
+    ordered = np.sort(probabilities, axis=1)
+    return ordered[:, -1] - ordered[:, -2]
+
+
+GATES: dict[str, Callable[[GateInput], str]] = {
+    "operators": _operators,
+    "signature": _signature,
+    "one file": _one_file,
+    "optimisation": _optimisation,
+    "parity": _parity,
+    "batch": _batch,
+    "members": _members,
+}

@@ -1,0 +1,151 @@
+"""From an uncertain model to an ONNX graph, and what is written into the file beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from compress_uq._version import __version__
+from compress_uq.cost import count_macs
+from compress_uq.errors import ArtifactError, GateError
+from compress_uq.runtime import METADATA_PREFIX
+from compress_uq.types import OUTPUT_NAMES
+from compress_uq.uncertain import UncertainModel
+
+__all__ = ["OPSET", "describe", "example_inputs", "to_graph"]
+
+OPSET = 18
+_LIMIT = 2_000_000_000
+
+
+class _Exported(nn.Module):
+    """The model with its outputs as a plain tuple."""
+
+    def __init__(self, model: UncertainModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(field for field in self.model(images, seed) if field is not None)
+
+
+def example_inputs(model: UncertainModel, images: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Random inputs of the model's shape: images, and seeds where it takes them."""
+    shape = model.origin.input_shape
+    if shape is None:
+        raise ArtifactError("the shape of an image is not known: pass example_inputs= to fit_uncertainty")
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randn(images, *shape, generator=generator)
+    if model.members.sampling != "seeded":
+        return (batch,)
+    return batch, torch.randint(-(2**62), 2**62, (images,), generator=generator)
+
+
+def to_graph(model: UncertainModel, described: Mapping[str, Any]) -> onnx.ModelProto:
+    """The ONNX graph of a model, free of anything that tells where it was made.
+
+    Raises:
+        ArtifactError: it would exceed the 2 GB of a single file.
+    """
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    if size > _LIMIT:
+        raise ArtifactError(f"the model holds {size / 1e9:.1f} GB: one ONNX file holds under 2 GB; prune more")
+    inputs = example_inputs(model, 2)
+    batch = torch.export.Dim("N")
+    shapes: tuple[Any, ...] = tuple({0: batch} for _ in inputs)
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _Exported(model).eval(),
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                external_data=False,
+                dynamic_shapes=shapes,
+                input_names=["images", "seed"][: len(inputs)],
+                output_names=list(OUTPUT_NAMES),
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise GateError(f"torch cannot export this model: {str(cause).strip().splitlines()[0]}") from error
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    _strip(proto)
+    for key, value in described.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = METADATA_PREFIX + key, json.dumps(value)
+    return proto
+
+
+def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
+    """What the file says of itself; plain values."""
+    origin = model.origin
+    method = model.method
+    return {
+        "format_version": 1,
+        "labels": origin.labels,
+        "input": {"shape": origin.input_shape, "mean": origin.mean, "std": origin.std, "layout": "NCHW float32"},
+        "method": method.name,
+        "method_options": vars(method),
+        "samples": model.members.count,
+        "sampling": model.members.sampling,
+        "calibration": model.calibrator.name,
+        "calibration_state": {k: np.asarray(v.cpu()).tolist() for k, v in model.calibrator.state_dict().items()},
+        "data": origin.data,
+        "reserved_data": origin.reserved,
+        "thresholds": {},
+        "outputs": list(OUTPUT_NAMES),
+        "macs": _macs(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recipe_sha256": recipe_hash,
+        "versions": {"compress-uq": __version__, **{n: metadata.version(n) for n in ("torch", "onnx", "onnxscript")}},
+    }
+
+
+def _macs(model: UncertainModel) -> int:
+    """MACs of one image with all members; how the masks are drawn costs none."""
+    fixed = copy.copy(model)
+    fixed._modules = dict(model._modules, members=model.members.with_sampling("fixed"))
+    return count_macs(fixed, example_inputs(fixed, 1)[0])
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Remove traces of the exporting machine: stack traces, file names, doc strings."""
+    del proto.metadata_props[:]
+    proto.doc_string = ""
+    graph = proto.graph
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for item in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    del graph.value_info[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """The exporter prints and logs; a library does not."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

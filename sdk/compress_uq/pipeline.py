@@ -1,0 +1,325 @@
+"""The whole product, top to bottom.
+
+model + splits -> prune -> fine-tune -> fit uncertainty -> calibrate -> export -> evaluate -> report card -> bundle
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress_uq._version import __version__
+from compress_uq.bundle import Bundle, recipe_hash
+from compress_uq.config import TrainingConfig
+from compress_uq.data import Splits, identical_images
+from compress_uq.errors import CalibrationError, DataError, GateError, ModelError
+from compress_uq.export import export_onnx
+from compress_uq.metrics import random_ause
+from compress_uq.models import Architecture
+from compress_uq.predict import collect
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.pruning import PruneResult, prune
+from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
+from compress_uq.stages import ModelOrResult, Origin, unpack
+from compress_uq.steps import FinetuneResult, TrainingOptions, calibrate, finetune, fit_uncertainty, resolve_method, training_config
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import MSP, MCDropout, Method
+
+__all__ = ["CompressionPlan", "compress", "plan_compression"]
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """What a run will do, found out before anything is trained."""
+
+    pruned: PruneResult
+    method: Method
+    uncertainty: Mapping[str, object]
+    """What the method will do to this model, and the cost of a prediction."""
+    calibration: str
+    warnings: tuple[str, ...]
+
+
+def plan_compression(
+    model: ModelOrResult,
+    splits: Splits,
+    *,
+    sparsity: float,
+    criterion: str = "l1",
+    round_to: int = 8,
+    uq: str | Method = "mc-dropout",
+) -> CompressionPlan:
+    """Prune, place the uncertainty method, and check the inputs: all of `compress` that takes seconds.
+
+    Raises:
+        InputError: whatever the stages would refuse.
+    """
+    dense, origin = unpack(model, splits.example())
+    method = resolve_method(uq)
+    _refuse_non_finite(dense)
+    pruned = prune(dense, splits.example(), sparsity=sparsity, criterion=criterion, round_to=round_to)
+    described = method.describe(pruned.model, pruned.origin)
+    warnings = list(splits.info.notes)
+    functional = described.get("functional_dropout")
+    if functional:
+        names = ", ".join(str(name) for name in functional) if isinstance(functional, list) else str(functional)
+        warnings.append(f"dropout called as a function in {names} is not a site: only dropout modules are sampled")
+    for pair, count in identical_images(splits).items():
+        warnings.append(f"{count} identical images are in both parts of {pair}")
+    return CompressionPlan(pruned, method, described, splits.info.calibration, tuple(warnings))
+
+
+def compress(
+    model: ModelOrResult,
+    splits: Splits,
+    *,
+    sparsity: float,
+    criterion: str = "l1",
+    round_to: int = 8,
+    uq: str | Method = "mc-dropout",
+    calibration: str = "temperature",
+    training: TrainingConfig | None = None,
+    arch: str | Architecture | None = None,
+    control: bool = False,
+    progress: ProgressCallback = silent,
+    work_dir: Path | None = None,
+    **options: Unpack[TrainingOptions],
+) -> Bundle:
+    """Prune a trained classifier, fine-tune it, and bundle it with calibrated uncertainty and a report card.
+
+    Args:
+        model: the trained classifier; it is not changed.
+        splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`.
+        sparsity: share of the channels removed from each layer, above 0 and below 1.
+        criterion: which channels go.
+        round_to: channels kept are a multiple of this.
+        uq: uncertainty method, a name or configured, such as `MCDropout(p=0.1, samples=20)`.
+        calibration: a calibrator's name.
+        training: how to fine-tune; fields of it can be given by name instead.
+        arch: what builds the dense model, so that a bundle can be rebuilt anywhere.
+        control: also fine-tune the dense model in the same way, so that pruning's own effect shows.
+        progress: called as the work goes on.
+        work_dir: a folder where training keeps its state, to resume from after an interruption.
+
+    Raises:
+        InputError: whatever is wrong with the inputs, before anything is trained where it can be told.
+    """
+    config, _ = training_config(training, options)
+    dense, _ = unpack(model)
+    dense_mode = {name: module.training for name, module in dense.named_modules()}
+    plan = plan_compression(model, splits, sparsity=sparsity, criterion=criterion, round_to=round_to, uq=uq)
+    splits.require("test", "the report card")
+    if calibration != "none":
+        splits.require("calibration", f"calibration {calibration!r}")
+    method, origin = plan.method, plan.pruned.origin
+    architecture = _architecture(arch, splits, origin)
+    warnings = list(plan.warnings)
+    recipe = _recipe(plan, config, splits, sparsity, criterion, round_to, calibration, architecture)
+
+    def tune(start: ModelOrResult, with_method: Method, stage: str) -> FinetuneResult:
+        saved = None if work_dir is None else work_dir / f"{stage}.pt"
+        return finetune(
+            start, splits, teacher=dense, method=with_method, training=training,
+            progress=progress, stage=stage, checkpoint=saved, **options,
+        )  # fmt: skip
+
+    def calibrated(uncertain: UncertainModel, name: str) -> UncertainModel:
+        try:
+            return calibrate(uncertain, splits, method=calibration, progress=progress)
+        except CalibrationError as error:
+            warnings.append(f"{name} is not calibrated: {error}")
+            return uncertain
+
+    try:
+        # The dense model, as it was given and calibrated on the same images.
+        plain = UncertainModel(MSP().fit(dense, origin), MSP(), origin.of_data(splits))
+        dense_evaluation = evaluate(plain, splits, progress=progress, stage="dense")
+        warnings += _near_chance(dense_evaluation)
+        dense_calibrated = calibrated(plain, "dense_calibrated")
+        dense_calibrated_evaluation = evaluate(dense_calibrated, splits, progress=progress, stage="dense calibrated")
+
+        # The compressed model.
+        tuned = tune(plan.pruned, method, "fine-tuning")
+        uncertain = calibrated(fit_uncertainty(tuned, splits), "compressed")
+        evaluation = evaluate(uncertain, splits, progress=progress, stage="compressed")
+        evaluation = _with_cost(evaluation, training_seconds=sum(epoch.seconds for epoch in tuned.history))
+
+        # Its exported file, measured again, and timed beside one dense pass.
+        with tempfile.TemporaryDirectory() as folder:
+            files = {"onnx": Path(folder) / "model.onnx", "dense": Path(folder) / "dense.onnx"}
+            export_onnx(uncertain, files["onnx"], recipe_hash=recipe_hash(recipe))
+            onnx_evaluation = evaluate(files["onnx"], splits, progress=progress, stage="onnx")
+            warnings += _export_dense(plain, files)
+            assert origin.input_shape is not None
+            latency = onnx_milliseconds({k: f for k, f in files.items() if f.is_file()}, origin.input_shape)
+            content = files["onnx"].read_bytes()
+
+        # The dense model given the same fine-tuning and uncertainty, if it was asked for.
+        control_evaluation = None
+        if control:
+            same = _same_sites(method, tuned)
+            beside = tune(_Bare(dense, origin), same, "control")
+            control_model = calibrated(fit_uncertainty(beside, splits), "control")
+            control_evaluation = _with_cost(
+                evaluate(control_model, splits, progress=progress, stage="control"),
+                training_seconds=sum(epoch.seconds for epoch in beside.history),
+            )
+    finally:
+        for name, module in dense.named_modules():
+            module.training = dense_mode[name]
+
+    warnings += _suspicions(uncertain, splits, evaluation)
+    card = ReportCard(
+        dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
+        dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),
+        compressed=_with_cost(evaluation, latency=latency["onnx"]),
+        onnx=_with_cost(onnx_evaluation, latency=latency["onnx"]),
+        control=control_evaluation,
+        recipe=recipe,
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+    return Bundle.build(uncertain, dense, card, content, architecture, splits.info.fingerprint)
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """The dense model as a stage's result, so that its own cost is what it is compared with."""
+
+    model: nn.Module
+    origin: Origin
+
+
+def _recipe(
+    plan: CompressionPlan,
+    config: TrainingConfig,
+    splits: Splits,
+    sparsity: float,
+    criterion: str,
+    round_to: int,
+    calibration: str,
+    architecture: Architecture | None,
+) -> dict[str, Any]:
+    """All that a run can be repeated from; plain values."""
+    info = splits.info
+    resolved = info.augment if config.augment == "auto" else config.augment
+    sizes = {p: len(s) for p in ("train", "calibration", "decision", "test") if (s := getattr(splits, p)) is not None}
+    recipe = {
+        "version": __version__,
+        "architecture": None if architecture is None else architecture.to_json(),
+        "data": {
+            "name": Path(info.name).name,
+            "images": sizes,
+            "calibration": info.calibration,
+            "mean": info.mean,
+            "std": info.std,
+            "ood": {name: len(dataset) for name, dataset in splits.ood.items()},  # type: ignore[arg-type]
+        },
+        "pruning": {
+            "sparsity": sparsity,
+            "criterion": criterion,
+            "round_to": round_to,
+            "sparsity_reached": plan.pruned.sparsity,
+            "channels": {layer.name: [layer.before, layer.after] for layer in plan.pruned.layers},
+        },
+        "uncertainty": {**plan.uncertainty, "options": vars(plan.method)},
+        "calibration": calibration,
+        "training": {**asdict(config), "augment": resolved},
+        "seed": config.seed,
+    }
+    plain: dict[str, Any] = _plain(recipe)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a recipe equals its own JSON."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _architecture(arch: str | Architecture | None, splits: Splits, origin: Origin) -> Architecture | None:
+    if not isinstance(arch, str):
+        return arch
+    if splits.info.labels is None:
+        raise DataError(f"arch={arch!r} needs the number of classes: pass an Architecture, or splits whose info has labels")
+    return Architecture(arch, len(splits.info.labels), origin.input_shape)
+
+
+def _export_dense(plain: UncertainModel, files: Mapping[str, Path]) -> list[str]:
+    try:
+        export_onnx(plain, files["dense"])
+    except GateError as error:
+        return [f"the dense model could not be timed in ONNX Runtime: {error}"]
+    return []
+
+
+def _same_sites(method: Method, tuned: FinetuneResult) -> Method:
+    """The control drops where the compressed model does, whatever that costs on the dense one."""
+    if not isinstance(method, MCDropout):
+        return method
+    return replace(method, at=tuple(site.module for site in tuned.model.sites))  # type: ignore[union-attr]
+
+
+def _with_cost(column: Evaluation, *, latency: Mapping[str, float] | None = None, training_seconds: float | None = None) -> Evaluation:
+    cost = column.cost
+    if latency is not None:
+        cost = replace(cost, latency_ms=dict(latency))
+    if training_seconds is not None:
+        cost = replace(cost, training_seconds=training_seconds)
+    return replace(column, cost=cost)
+
+
+def _near_chance(dense: Evaluation) -> list[str]:
+    classes = dense.prediction.probabilities.shape[1]
+    accuracy = dense.metrics["accuracy"].value
+    if accuracy > 2 / classes and accuracy > 1.2 * float(np.bincount(dense.labels).max()) / len(dense.labels):
+        return []
+    return [
+        f"the dense model scores {accuracy:.3f} on its own data, near chance: a wrong --mean or --std, or another "
+        "order of the classes, is the usual cause"
+    ]
+
+
+def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -> list[str]:
+    """Signs that a figure cannot be believed."""
+    found = []
+    if splits.calibration is not None:
+        (probabilities,), labels = collect(lambda images: model(images).probabilities, splits.calibration)
+        right, count = int((probabilities.argmax(1) == labels).sum()), len(labels)
+        test_right = int((evaluation.prediction.label == evaluation.labels).sum())
+        z = _two_shares(right, count, test_right, len(evaluation.labels))
+        if z > 2.33:
+            found.append(
+                f"accuracy is {right / count:.4f} on the calibration split and {test_right / len(evaluation.labels):.4f} "
+                "on test, significantly higher (one-sided 1 %): the model may have been trained on calibration images"
+            )
+    prediction = evaluation.prediction
+    bar = random_ause(prediction.probabilities, evaluation.labels)
+    if evaluation.metrics["ause"].value > bar > 0:
+        found.append(f"the uncertainty ranks errors worse than a random order: AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}")
+    return found
+
+
+def _two_shares(right: int, count: int, other_right: int, other_count: int) -> float:
+    """z of the difference of two shares, pooled."""
+    pooled = (right + other_right) / (count + other_count)
+    spread = math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / other_count))
+    return 0.0 if spread == 0 else (right / count - other_right / other_count) / spread
+
+
+def _refuse_non_finite(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{name} holds NaN or infinite values: the weights are damaged")
+
+

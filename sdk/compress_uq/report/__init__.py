@@ -1,0 +1,6 @@
+"""Measuring models and showing them side by side."""
+
+from compress_uq.report.card import ReportCard, Requirement, markdown, table_rows
+from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
+
+__all__ = ["Cost", "Evaluation", "ReportCard", "Requirement", "evaluate", "markdown", "onnx_milliseconds", "table_rows"]

@@ -1,0 +1,161 @@
+"""The report card: the dense and the compressed model side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compress_uq.errors import InputError, UnknownNameError
+from compress_uq.metrics import METRICS, Figure
+from compress_uq.report.evaluation import Evaluation
+from compress_uq.report.page import render_page
+
+__all__ = ["FORMAT_VERSION", "ReportCard", "Requirement"]
+
+FORMAT_VERSION = 1
+COLUMNS = ("dense", "dense_calibrated", "control", "compressed", "onnx")
+
+CONVENTIONS = {
+    "ece": "top label, 15 equal-width bins [a, b), the last closed",
+    "ause": "Holzbock algorithm 1, sign corrected: q = 0, 2 ... 98, oracle 1 - p[label], trapezoid with step 0.02",
+    "ood": "out-of-distribution is the positive class; fpr95 at 95 % of them flagged; ood_auroc is the mean over sets",
+    "intervals": "95 % percentile bootstrap over images, 500 resamples, widened to contain the figure; per class: Wilson",
+    "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
+    "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
+    "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
+}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A bound such as `ece<=0.03` on a figure of the `onnx` column."""
+
+    metric: str
+    operator: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """From the command line's spelling.
+
+        Raises:
+            InputError: not `METRIC<=NUMBER` or `METRIC>=NUMBER`.
+            UnknownNameError: no such metric.
+        """
+        for operator in ("<=", ">="):
+            name, found, value = text.partition(operator)
+            if found:
+                if name.strip() not in METRICS:
+                    raise UnknownNameError("metric", name.strip(), METRICS.names)
+                try:
+                    return cls(name.strip(), operator, float(value))
+                except ValueError:
+                    break
+        raise InputError(f"--require {text!r}: expected METRIC<=NUMBER or METRIC>=NUMBER, such as 'ece<=0.03'")
+
+    def failure(self, figure: Figure | None) -> str | None:
+        """Why it is not met, or None."""
+        if figure is None or math.isnan(figure.value):
+            return f"{self.metric} is not defined for this run, required {self.operator} {self.bound}"
+        met = figure.value <= self.bound if self.operator == "<=" else figure.value >= self.bound
+        return None if met else f"{self.metric} is {figure.value:.4g}, required {self.operator} {self.bound}"
+
+
+@dataclass(frozen=True)
+class ReportCard:
+    """Measurements of every model on the same images, how they came about, and what to beware of."""
+
+    dense: Evaluation
+    dense_calibrated: Evaluation
+    compressed: Evaluation
+    onnx: Evaluation
+    control: Evaluation | None
+    recipe: Mapping[str, Any]
+    warnings: Sequence[str]
+
+    @property
+    def columns(self) -> dict[str, Evaluation]:
+        """The models in the order they are shown."""
+        present = {name: getattr(self, name) for name in COLUMNS}
+        return {name: column for name, column in present.items() if column is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **{name: None if getattr(self, name) is None else getattr(self, name).to_json() for name in COLUMNS},
+            "recipe": dict(self.recipe),
+            "conventions": CONVENTIONS,
+            "warnings": list(self.warnings),
+        }
+
+    def to_markdown(self) -> str:
+        """The card as tables."""
+        return markdown(self.to_json())
+
+    def to_html(self) -> str:
+        """A page with diagrams that needs no other file."""
+        report = self.to_json()
+        return render_page(report, table_rows(report), self.columns)
+
+    def unmet(self, requirements: Sequence[Requirement]) -> list[str]:
+        """What the exported file misses of the requirements."""
+        checked = [r.failure(self.onnx.metrics.get(r.metric)) for r in requirements]
+        return [failure for failure in checked if failure is not None]
+
+
+def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Rows of the card: a name, and a text per column; figures with half the width of their interval."""
+    present = [name for name in COLUMNS if report[name] is not None]
+    rows: list[tuple[str, dict[str, str]]] = []
+    for metric in METRICS.names:
+        texts = {c: _figure(report[c]["metrics"].get(metric)) for c in present}
+        if any(texts.values()):
+            rows.append((metric, texts))
+    sets = list(report["dense"]["ood"])
+    rows += [(f"OOD AUROC {s}", {c: _figure(report[c]["ood"][s]["auroc"]) for c in present}) for s in sets]
+    rows += [(f"OOD FPR95 {s}", {c: _figure(report[c]["ood"][s]["fpr95"]) for c in present}) for s in sets]
+    rows.append(("parameters", {c: _count(report[c]["cost"]["parameters"]) for c in present}))
+    rows.append(("MACs", {c: _count(report[c]["cost"]["macs"]) for c in present}))
+    rows.append(("bytes", {c: _count(report[c]["cost"]["size_bytes"]) for c in present}))
+    keys = sorted({key for c in present for key in report[c]["cost"]["latency_ms"]})
+    for key in keys:
+        batch = key.rpartition("_")[2]
+        texts = {c: _milliseconds(report[c]["cost"]["latency_ms"].get(key)) for c in present}
+        rows.append((f"ms, batch {batch}", texts))
+    rows.append(("training s", {c: _count(report[c]["cost"]["training_seconds"]) for c in present}))
+    return rows
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """report.md from report.json."""
+    present = [name for name in COLUMNS if report[name] is not None]
+    lines = ["# Report card", "", "| | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(texts[c] for c in present) + " |" for name, texts in table_rows(report)]
+    lines += ["", "## Accuracy per class", "", "| class | dense | compressed |", "|---|---|---|"]
+    for name, dense in report["dense"]["per_class"].items():
+        lines.append(f"| {name} | {_figure(dense)} | {_figure(report['compressed']['per_class'][name])} |")
+    if report["warnings"]:
+        lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report["warnings"])]
+    lines += ["", "## How it was measured", "", *(f"- {k}: {v}" for k, v in report["conventions"].items())]
+    lines += ["", "## Recipe", "", "```json", json.dumps(report["recipe"], indent=2, sort_keys=True), "```", ""]
+    return "\n".join(lines)
+
+
+def _figure(figure: Mapping[str, float | None] | None) -> str:
+    if figure is None:
+        return ""
+    if figure["value"] is None:
+        return "undefined"
+    return f"{figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

@@ -1,0 +1,186 @@
+"""Measuring a model, whatever form it has: one column of the report card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress_uq.cost import interleaved_milliseconds, measure_cost
+from compress_uq.data import ImageDataset, Splits, check_labels
+from compress_uq.errors import ArtifactError
+from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy
+from compress_uq.predict import collect
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.runtime import OnnxPredictor, session
+from compress_uq.stages import ModelOrResult, unpack
+from compress_uq.training import resolve_device
+from compress_uq.types import Prediction
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import MSP
+
+__all__ = ["Cost", "Evaluation", "evaluate", "onnx_milliseconds"]
+
+LATENCY_BATCHES = (1, 32)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs; None where it cannot be told."""
+
+    parameters: int | None
+    macs: int | None
+    size_bytes: int
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
+    """Per batch, such as `onnxruntime_1`: one thread, batch 1."""
+    training_seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "latency_ms": dict(self.latency_ms)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One column of the report card, and the answers it was measured on."""
+
+    metrics: Mapping[str, Figure]
+    ood: Mapping[str, Mapping[str, Figure]]
+    per_class: Mapping[str, Figure]
+    cost: Cost
+    prediction: Prediction
+    """Arrays over the test split."""
+    labels: np.ndarray
+    ood_scores: Mapping[str, np.ndarray]
+
+    def to_json(self) -> dict[str, Any]:
+        """The M of the contract: plain values, no arrays."""
+        return {
+            "metrics": {name: figure.to_json() for name, figure in self.metrics.items()},
+            "ood": {s: {name: f.to_json() for name, f in figures.items()} for s, figures in self.ood.items()},
+            "per_class": {name: figure.to_json() for name, figure in self.per_class.items()},
+            "cost": self.cost.to_json(),
+        }
+
+
+def evaluate(
+    model: ModelOrResult | OnnxPredictor | str | os.PathLike[str],
+    splits: Splits,
+    *,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    workers: int = 0,
+    progress: ProgressCallback = silent,
+    stage: str = "evaluating",
+) -> Evaluation:
+    """Measure a model on the test split and the out-of-distribution sets.
+
+    Args:
+        model: an uncertain model, a plain classifier (its softmax is taken as it is), a stage's result, or an exported
+            file (path or `OnnxPredictor`), for which no torch model is needed.
+        splits: needs `test`; `ood` adds the out-of-distribution figures.
+        device: for torch models.
+
+    Raises:
+        DataError: no test split, labels out of range, or NaN among the images.
+        ModelError: the model does not run on these images.
+    """
+    test = splits.require("test", "evaluate")
+    predictor: Callable[[Tensor], Prediction]
+    if isinstance(model, str | os.PathLike):
+        model = OnnxPredictor(model)
+    if isinstance(model, OnnxPredictor):
+        onnx = model
+        predictor, cost, labels = lambda images: onnx(images.numpy()), _onnx_cost(onnx), onnx.metadata.get("labels")
+        target = torch.device("cpu")
+    else:
+        uncertain = _as_uncertain(model, splits)
+        target = resolve_device(device)
+        uncertain.to(target)
+        predictor, cost, labels = uncertain, _torch_cost(uncertain), uncertain.origin.labels
+
+    def answers(dataset: ImageDataset, what: str) -> tuple[Prediction, np.ndarray]:
+        fields, truth = collect(
+            predictor,
+            dataset,
+            device=target,
+            batch_size=batch_size,
+            workers=workers,
+            progress=progress,
+            stage=f"{stage}: {what}",
+        )
+        return Prediction(*fields), truth
+
+    prediction, truth = answers(test, "test")
+    classes = prediction.probabilities.shape[1]
+    check_labels(torch.from_numpy(truth), classes)
+    scores = {name: answers(dataset, name)[0].ood_score for name, dataset in splits.ood.items()}
+    metrics = classification_figures(prediction.probabilities, truth, prediction.uncertainty)
+    ood = {name: ood_figures(prediction.ood_score, score) for name, score in scores.items()}
+    if ood:
+        metrics["ood_auroc"] = mean_figure([figures["auroc"] for figures in ood.values()])
+    names = labels or splits.info.labels or [str(k) for k in range(classes)]
+    return Evaluation(metrics, ood, _per_class(prediction, truth, list(names)), cost, prediction, truth, scores)
+
+
+def onnx_milliseconds(files: Mapping[str, bytes | Path], shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """Latency of exported files side by side, one thread, in turns: {name: {"onnxruntime_1": ms, ...}}."""
+    sessions = {
+        name: session(content if isinstance(content, bytes) else str(content), threads=1)
+        for name, content in files.items()
+    }
+    result: dict[str, dict[str, float]] = {name: {} for name in files}
+    for batch in LATENCY_BATCHES:
+        images = np.random.default_rng(batch).normal(size=(batch, *shape)).astype(np.float32)
+        runs = {name: _run(made, images) for name, made in sessions.items()}
+        for name, milliseconds in interleaved_milliseconds(runs).items():
+            result[name][f"onnxruntime_{batch}"] = milliseconds
+    return result
+
+
+def _run(made: Any, images: np.ndarray) -> Callable[[], object]:
+    return lambda: made.run(None, {"images": images})
+
+
+def _as_uncertain(model: ModelOrResult, splits: Splits) -> UncertainModel:
+    """A plain classifier is measured as its softmax stands."""
+    given, origin = unpack(model)
+    if isinstance(given, UncertainModel):
+        return given
+    method = MSP()
+    return UncertainModel(method.fit(given, origin), method, origin.of_data(splits))
+
+
+def _torch_cost(model: UncertainModel) -> Cost:
+    assert model.origin.input_shape is not None
+    counted = measure_cost(model, model.origin.input_shape)
+    return Cost(counted.parameters, counted.macs, counted.size_bytes)
+
+
+def _onnx_cost(onnx: OnnxPredictor) -> Cost:
+    recorded = onnx.metadata
+    return Cost(recorded.get("parameters"), recorded.get("macs"), onnx.path.stat().st_size)
+
+
+def _per_class(prediction: Prediction, truth: np.ndarray, names: list[str]) -> dict[str, Figure]:
+    """Accuracy of each class with a Wilson interval, which needs no resampling."""
+    values = per_class_accuracy(prediction.probabilities, truth)
+    if len(names) != len(values):
+        raise ArtifactError(f"the model has {len(values)} classes and the data {len(names)}: they do not belong together")
+    counts = np.bincount(truth, minlength=len(values))
+    return {name: _wilson(float(p), int(n)) for name, p, n in zip(names, values, counts, strict=True)}
+
+
+def _wilson(share: float, count: int, z: float = 1.96) -> Figure:
+    if count == 0:
+        return Figure(float("nan"), float("nan"), float("nan"))
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
+    return Figure(share, min(share, centre - half), max(share, centre + half))
+

@@ -1,0 +1,146 @@
+"""Running an exported file: onnxruntime and numpy, nothing else. This is what a server copies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress_uq.errors import ArtifactError, InputError, MissingDependencyError
+from compress_uq.types import OUTPUT_NAMES, Prediction
+
+try:
+    import onnxruntime
+except ImportError as _error:
+    raise MissingDependencyError("onnxruntime is missing: pip install onnxruntime-gpu (or onnxruntime)") from _error
+
+__all__ = ["OnnxPredictor", "session"]
+
+METADATA_PREFIX = "compress_uq."
+
+
+def session(
+    model: str | bytes,
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    optimise: bool = True,
+) -> Any:
+    """An onnxruntime session; with `threads` its pool does not spin while it waits.
+
+    Raises:
+        MissingDependencyError: two onnxruntime packages clash, or a provider is not there.
+    """
+    available = onnxruntime.get_available_providers()
+    _refuse_clash(available)
+    wanted = list(providers or ["CPUExecutionProvider"])
+    for provider in wanted:
+        if provider not in available:
+            raise MissingDependencyError(f"provider {provider!r} is not there: onnxruntime has {', '.join(available)}")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=wanted)
+
+
+class OnnxPredictor:
+    """An exported model as a function of numpy arrays; safe to call from several threads.
+
+    Args:
+        path: the `.onnx` file.
+        providers: onnxruntime execution providers; the CPU by default.
+        threads: threads inside one call; onnxruntime's choice by default.
+
+    Raises:
+        ArtifactError: no such file, not ONNX, or not exported by compress-uq.
+        MissingDependencyError: a provider that is not there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ArtifactError(f"{self.path}: no such file")
+        try:
+            self._session = session(self.path.read_bytes(), providers=providers, threads=threads)
+        except (MissingDependencyError, InputError):
+            raise
+        except Exception as error:  # onnxruntime's errors have no common type
+            reason = str(error).strip().splitlines()[0]
+            raise ArtifactError(f"{self.path} is not an ONNX file that onnxruntime can load: {reason}") from error
+        names = tuple(output.name for output in self._session.get_outputs())
+        if names[: len(OUTPUT_NAMES)] != OUTPUT_NAMES:
+            raise ArtifactError(f"{self.path} was not exported by compress-uq: its outputs are {', '.join(names)}")
+        self._outputs = names
+        self._seeded = [i.name for i in self._session.get_inputs()] == ["images", "seed"]
+        self.input_shape: tuple[int, ...] = tuple(self._session.get_inputs()[0].shape[1:])
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the exporter recorded: labels, normalisation, method, sampling, versions."""
+        recorded = self._session.get_modelmeta().custom_metadata_map
+        return {
+            key.removeprefix(METADATA_PREFIX): json.loads(value)
+            for key, value in recorded.items()
+            if key.startswith(METADATA_PREFIX)
+        }
+
+    def __call__(self, images: np.ndarray, seed: np.ndarray | None = None) -> Prediction:
+        """Images (N, C, H, W) float32, normalised, to a `Prediction` of arrays.
+
+        Args:
+            images: (N, C, H, W).
+            seed: (N,) int64, for a file exported with `sampling="seeded"` and only for it.
+
+        Raises:
+            InputError: another shape or dtype, NaN, or a seed that is missing or not wanted.
+        """
+        array = np.asarray(images)
+        if array.ndim != 1 + len(self.input_shape) or array.shape[1:] != self.input_shape:
+            raise InputError(f"images of shape {array.shape}: expected (N, {', '.join(map(str, self.input_shape))})")
+        if array.dtype.kind != "f":
+            raise InputError(f"images of dtype {array.dtype}: expected float32, normalised as in `metadata`")
+        if not np.isfinite(array).all():
+            raise InputError("images hold NaN or infinite values")
+        feed = {"images": np.ascontiguousarray(array, dtype=np.float32)}
+        if self._seeded != (seed is not None):
+            wanted = "a seed per image: pass seed, int64 of shape (N,)" if self._seeded else "no seed: leave it out"
+            raise InputError(f"{self.path.name} takes {wanted}")
+        if seed is not None:
+            feed["seed"] = np.asarray(seed, dtype=np.int64)
+            if feed["seed"].shape != (len(array),):
+                raise InputError(f"seed of shape {feed['seed'].shape}: expected ({len(array)},), one per image")
+        answers = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
+        return Prediction(**{name: answers.get(name) for name in Prediction._fields})
+
+
+def _refuse_clash(available: Sequence[str]) -> None:
+    """The CPU package installed over the GPU one takes its files and leaves neither whole."""
+    installed = {name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)}
+    if len(installed) == 2 and "CUDAExecutionProvider" not in available:
+        raise MissingDependencyError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu"
+        )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

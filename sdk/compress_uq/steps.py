@@ -1,0 +1,229 @@
+"""The stages between pruning and the report card, each a function from its input to a result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from compress_uq.calibration import CALIBRATORS
+from compress_uq.config import TrainingConfig
+from compress_uq.data import Augmentation, Splits, check_labels
+from compress_uq.errors import CalibrationError, InputError, UncertaintyError, UnknownNameError
+from compress_uq.predict import collect
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.stages import ModelOrResult, Origin, unpack
+from compress_uq.training import Epoch, fit_network
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import METHODS, DropoutNetwork, Method
+
+__all__ = [
+    "FinetuneResult",
+    "TrainingOptions",
+    "calibrate",
+    "finetune",
+    "fit_uncertainty",
+    "prepare_uncertainty",
+    "training_config",
+]
+
+
+class TrainingOptions(TypedDict, total=False):
+    """Fields of `TrainingConfig` that a caller may give by name."""
+
+    epochs: int
+    lr: float
+    batch_size: int
+    optimizer: str
+    weight_decay: float
+    schedule: str
+    augment: str | Augmentation
+    class_weights: str | tuple[float, ...]
+    distillation_weight: float
+    distillation_temperature: float
+    workers: int
+    seed: int
+    device: str
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A fine-tuned model, how it got there, and what the method saw on the way."""
+
+    model: nn.Module
+    history: tuple[Epoch, ...]
+    observed: Any
+    """What the method tracked during training; None for methods that track nothing."""
+    method: Method | None
+    origin: Origin
+
+
+def training_config(base: TrainingConfig | None, options: TrainingOptions) -> tuple[TrainingConfig, Any]:
+    """The configuration with the options laid over it, and the augmentation, which may be a function.
+
+    Raises:
+        UnknownNameError: an option that is not a field; names the nearest.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    for name in options:
+        if name not in known:
+            raise UnknownNameError("training option", name, known)
+    values: dict[str, Any] = dict(options)
+    function = values.pop("augment", None)
+    config = replace(base or TrainingConfig(), **values)
+    if callable(function):
+        return replace(config, augment=getattr(function, "__name__", "function")), function
+    if function is not None:
+        config = replace(config, augment=function)
+    return config, config.augment
+
+
+def finetune(
+    model: ModelOrResult,
+    splits: Splits,
+    *,
+    teacher: nn.Module | None = None,
+    method: str | Method | None = None,
+    training: TrainingConfig | None = None,
+    progress: ProgressCallback = silent,
+    stage: str = "fine-tuning",
+    checkpoint: Path | None = None,
+    **options: Unpack[TrainingOptions],
+) -> FinetuneResult:
+    """Train a copy of a model, with its uncertainty method in place; the last epoch is kept.
+
+    Args:
+        model: a module, or a stage's result.
+        splits: needs `train`.
+        teacher: the dense model, to distil from; without one the loss is cross-entropy alone.
+        method: a name or configured method; it prepares the model before training.
+        training: configuration; any of its fields can be given by name instead.
+        progress: called after every batch.
+        checkpoint: file to resume from and to write after every epoch.
+
+    Raises:
+        DataError: no training split, or labels out of range.
+        ModelError: every parameter is frozen, or the loss is not finite.
+    """
+    given, origin = unpack(model)
+    origin = origin.of_data(splits)
+    chosen = resolve_method(method) if method is not None else None
+    network = copy.deepcopy(given) if chosen is None else chosen.prepare(given, origin)
+    config, augment = training_config(training, options)
+    if augment == "auto":
+        augment = splits.info.augment
+    if config.epochs == 0:
+        return FinetuneResult(network.eval(), (), None, chosen, origin)
+    history = fit_network(
+        network,
+        splits.require("train", "fine-tuning"),
+        config,
+        augment=augment,
+        teacher=teacher,
+        progress=progress,
+        stage=stage,
+        checkpoint=checkpoint,
+    )
+    return FinetuneResult(network, history, None, chosen, origin)
+
+
+def prepare_uncertainty(
+    model: ModelOrResult, method: str | Method, example_inputs: Tensor | None = None
+) -> nn.Module:
+    """A copy of the model as the method wants it trained, for your own training loop.
+
+    Raises:
+        UncertaintyError: the method cannot act on this model.
+    """
+    given, origin = unpack(model, example_inputs)
+    prepared = resolve_method(method).prepare(given, origin)
+    prepared.origin = origin  # type: ignore[assignment]
+    return prepared
+
+
+def fit_uncertainty(
+    model: ModelOrResult,
+    splits: Splits | None = None,
+    *,
+    method: str | Method | None = None,
+    example_inputs: Tensor | None = None,
+) -> UncertainModel:
+    """The last step of a method: an uncertain model, not yet calibrated.
+
+    Args:
+        model: what `finetune` returned, or a module; a plain module gets dropout inserted untrained, with a warning.
+        splits: what it knows of labels and normalisation is recorded.
+        method: by default the one that `finetune` was given.
+        example_inputs: images (N, C, H, W), where a bare module does not tell their shape.
+
+    Raises:
+        UncertaintyError: no method is known, or it cannot act on this model.
+    """
+    given, origin = unpack(model, example_inputs)
+    if splits is not None:
+        origin = origin.of_data(splits)
+    known = model.method if isinstance(model, FinetuneResult) else None
+    if method is None and known is None:
+        raise UncertaintyError(f"no uncertainty method is known: pass method=, one of {', '.join(METHODS.names)}")
+    chosen = known if method is None else resolve_method(method)
+    assert chosen is not None
+    if chosen.trains_differently and not isinstance(given, DropoutNetwork):
+        warnings.warn(
+            f"{chosen.name} is inserted into a model that was not trained with it: pass method= to finetune for "
+            "better accuracy and uncertainty",
+            stacklevel=2,
+        )
+    return UncertainModel(chosen.fit(given, origin), chosen, origin)
+
+
+def calibrate(
+    model: UncertainModel,
+    splits: Splits,
+    *,
+    method: str = "temperature",
+    device: torch.device | str = "cpu",
+    progress: ProgressCallback = silent,
+) -> UncertainModel:
+    """A copy of the model with a calibrator fitted on the calibration split.
+
+    Raises:
+        DataError: no calibration split.
+        CalibrationError: nothing to fit.
+    """
+    if not isinstance(model, UncertainModel):
+        raise CalibrationError(f"calibrate takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first")
+    kind = CALIBRATORS[method]
+    origin = model.origin
+    if method == "none":
+        return UncertainModel(copy.deepcopy(model.members), model.method, origin, kind())
+    dataset = splits.require("calibration", f"calibration {method!r}")
+    model.to(device)
+    (logits,), labels = collect(
+        lambda images: model.member_logits(images).transpose(0, 1),
+        dataset,
+        device=device,
+        progress=progress,
+        stage="calibrating",
+    )
+    check_labels(torch.from_numpy(labels), logits.shape[2])
+    fitted = kind.fit(logits.transpose(1, 0, 2), labels)
+    return UncertainModel(copy.deepcopy(model.members), model.method, origin, fitted)
+
+
+def resolve_method(method: str | Method) -> Method:
+    """A configured method, from its name or as given.
+
+    Raises:
+        InputError: neither a name nor a method.
+    """
+    if isinstance(method, str):
+        return METHODS[method]()
+    if not isinstance(method, Method):
+        raise InputError(f"method={method!r}: expected a name ({', '.join(METHODS.names)}) or a configured method")
+    return method
