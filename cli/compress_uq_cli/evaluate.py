@@ -33,7 +33,7 @@ def evaluate(
 ) -> None:
     """Measure a model on a test split; of data whose test split a calibration used, only the rest."""
     where: dict[str, Any] = {"root": data_root, "ood": ood or ()}
-    normalisation = {"mean": o.numbers(mean, "--mean"), "std": o.numbers(std, "--std")}
+    normalisation: dict[str, Any] = {"mean": o.numbers(mean, "--mean"), "std": o.numbers(std, "--std")}
     model: Any
     if artifact.is_dir() or artifact.suffix == ".onnx":
         onnx = artifact / "model.onnx" if artifact.is_dir() else artifact

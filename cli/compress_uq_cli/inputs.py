@@ -43,7 +43,9 @@ def open_model_and_data(
     record = opened.data
     name = data or (None if record is None else record.name)
     if name is None:
-        raise cuq.InputError(f"{path} does not record its data: pass --data, such as cifar10 or a folder of class folders")
+        raise cuq.InputError(
+            f"{path} does not record its data: pass --data, such as cifar10 or a folder of class folders"
+        )
     recorded_shape = opened.recorded("input_shape")
     splits = cuq.load_splits(
         name,
@@ -61,5 +63,7 @@ def open_model_and_data(
     checkpoint = opened.build(arch=arch, num_classes=classes, input_shape=shape, options=options)
     known = checkpoint.labels
     if known is not None and labels is not None and len(known) != len(labels):
-        raise cuq.InputError(f"{path} has {len(known)} classes and {name} has {len(labels)}: they do not belong together")
+        raise cuq.InputError(
+            f"{path} has {len(known)} classes and {name} has {len(labels)}: they do not belong together"
+        )
     return ModelAndData(checkpoint, splits)

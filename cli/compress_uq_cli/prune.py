@@ -66,9 +66,7 @@ def prune(
     target = out or Path(f"{model.stem}-compressed")
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
     cuq.Bundle.refuse_existing(target, overwrite=overwrite or dry_run)
-    method = _method(
-        uq, o.given(samples=samples, sampling_budget=sampling_budget, p=dropout, at=dropout_at, seed=seed)
-    )
+    method = _method(uq, o.given(samples=samples, sampling_budget=sampling_budget, p=dropout, at=dropout_at, seed=seed))
     training = cuq.TrainingConfig(
         **o.given(
             epochs=epochs,
@@ -122,7 +120,9 @@ def prune(
         print_json(bundle.report.to_json())
     unmet = bundle.card.unmet(requirements) if bundle.card is not None else []
     if unmet:
-        raise cuq.errors.RequirementNotMetError(f"--require is not met: {'; '.join(unmet)} (the bundle is kept in {target})")
+        raise cuq.errors.RequirementNotMetError(
+            f"--require is not met: {'; '.join(unmet)} (the bundle is kept in {target})"
+        )
 
 
 def show_card(report: dict[str, Any]) -> None:

@@ -15,8 +15,12 @@ __all__ = ["train"]
 
 
 def train(
-    arch: Annotated[str, typer.Option(help="compress-uq:NAME, torchvision:NAME, timm:NAME or package.module:callable.")],
-    data: Annotated[str, typer.Option(help="A data set's name, a folder of class folders, or package.module:callable.")],
+    arch: Annotated[
+        str, typer.Option(help="compress-uq:NAME, torchvision:NAME, timm:NAME or package.module:callable.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="A data set's name, a folder of class folders, or package.module:callable.")
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write, such as model.pt.")],
     arch_option: o.ArchOption = None,
     epochs: o.Epochs = None,
@@ -59,7 +63,9 @@ def train(
     splits = cuq.hold_out(whole, seed=training.seed)
     info = splits.info
     shape = tuple(splits.example().shape[1:])
-    labels = info.labels or tuple(str(k) for k in range(int(cuq.data.labels_of(splits.require("train", "train")).max()) + 1))
+    labels = info.labels or tuple(
+        str(k) for k in range(int(cuq.data.labels_of(splits.require("train", "train")).max()) + 1)
+    )
     architecture = cuq.Architecture(arch, len(labels), shape, o.arch_options(arch_option))
     model = architecture.build(training.seed)
     with progress() as callback:

@@ -194,7 +194,9 @@ def verify_files(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from error
     if version > FORMAT_VERSION:
-        raise ArtifactError(f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}: update compress-uq")
+        raise ArtifactError(
+            f"{folder} has bundle format {version}, this version reads up to {FORMAT_VERSION}: update compress-uq"
+        )
     if recipe_hash(manifest.get("recipe", {})) != manifest.get("recipe_sha256"):
         raise ArtifactError(f"{path}: the recipe does not match its hash; the bundle was changed after it was written")
     for name in FILES:
@@ -224,7 +226,9 @@ def _structure(model: UncertainModel, dense: nn.Module, architecture: Architectu
     }
 
 
-def _dense(structure: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None, arch: str | None) -> nn.Module | None:
+def _dense(
+    structure: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None, arch: str | None
+) -> nn.Module | None:
     if model is not None:
         made = model if isinstance(model, nn.Module) else model()
         if not isinstance(made, nn.Module):
@@ -249,14 +253,16 @@ def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ArtifactError(f"model.safetensors does not fit structure.json: {str(error).splitlines()[1].strip()}") from error
+        raise ArtifactError(
+            f"model.safetensors does not fit structure.json: {str(error).splitlines()[1].strip()}"
+        ) from error
     return model
 
 
 def _origin(data: Mapping[str, Any]) -> Origin:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     cost = values.pop("dense_cost")
-    return Origin(**values, dense_cost=None if cost is None else Cost(**cost))
+    return Origin(dense_cost=None if cost is None else Cost(**cost), **values)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -274,4 +280,3 @@ def temporary_onnx(model: UncertainModel, recipe: Mapping[str, Any] | None = Non
         path = Path(folder) / "model.onnx"
         export_onnx(model, path, recipe_hash=None if recipe is None else recipe_hash(recipe))
         return path.read_bytes()
-

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -71,17 +70,9 @@ def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def to_toml(config: Any) -> str:
-    """A frozen dataclass as TOML; fields that are None are left out, nested dataclasses become tables."""
-    lines, tables = [], []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None:
-            continue
-        if dataclasses.is_dataclass(value):
-            tables.append(f"\n[{field.name}]\n{to_toml(value)}")
-        else:
-            lines.append(f"{field.name} = {_toml_value(value)}\n")
-    return "".join(lines) + "".join(tables)
+    """A flat frozen dataclass as TOML; fields that are None are left out."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return "".join(f"{name} = {_toml_value(value)}\n" for name, value in given.items() if value is not None)
 
 
 def from_toml(kind: type[T], text: str) -> T:
@@ -94,20 +85,11 @@ def from_toml(kind: type[T], text: str) -> T:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"not valid TOML: {error}") from error
-    return _from_mapping(kind, data)
-
-
-def _from_mapping(kind: type[T], data: Mapping[str, Any]) -> T:
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    for name, value in data.items():
+    fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in data:
         if name not in fields:
             raise UnknownNameError(f"key of {kind.__name__}", name, fields)
-        default = fields[name].default_factory if callable(fields[name].default_factory) else None
-        if isinstance(value, Mapping) and isinstance(default, type):
-            value = _from_mapping(default, value)
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
 def _toml_value(value: Any) -> str:

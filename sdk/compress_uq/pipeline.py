@@ -29,7 +29,15 @@ from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, prune
 from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
 from compress_uq.stages import ModelOrResult, Origin, unpack
-from compress_uq.steps import FinetuneResult, TrainingOptions, calibrate, finetune, fit_uncertainty, resolve_method, training_config
+from compress_uq.steps import (
+    FinetuneResult,
+    TrainingOptions,
+    calibrate,
+    finetune,
+    fit_uncertainty,
+    resolve_method,
+    training_config,
+)
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import MSP, MCDropout, Method
 
@@ -251,7 +259,9 @@ def _architecture(arch: str | Architecture | None, splits: Splits, origin: Origi
     if not isinstance(arch, str):
         return arch
     if splits.info.labels is None:
-        raise DataError(f"arch={arch!r} needs the number of classes: pass an Architecture, or splits whose info has labels")
+        raise DataError(
+            f"arch={arch!r} needs the number of classes: pass an Architecture, or splits whose info has labels"
+        )
     return Architecture(arch, len(splits.info.labels), origin.input_shape)
 
 
@@ -270,7 +280,9 @@ def _same_sites(method: Method, tuned: FinetuneResult) -> Method:
     return replace(method, at=tuple(site.module for site in tuned.model.sites))  # type: ignore[union-attr]
 
 
-def _with_cost(column: Evaluation, *, latency: Mapping[str, float] | None = None, training_seconds: float | None = None) -> Evaluation:
+def _with_cost(
+    column: Evaluation, *, latency: Mapping[str, float] | None = None, training_seconds: float | None = None
+) -> Evaluation:
     cost = column.cost
     if latency is not None:
         cost = replace(cost, latency_ms=dict(latency))
@@ -300,13 +312,17 @@ def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -
         z = _two_shares(right, count, test_right, len(evaluation.labels))
         if z > 2.33:
             found.append(
-                f"accuracy is {right / count:.4f} on the calibration split and {test_right / len(evaluation.labels):.4f} "
-                "on test, significantly higher (one-sided 1 %): the model may have been trained on calibration images"
+                f"accuracy is {right / count:.4f} on the calibration split and "
+                f"{test_right / len(evaluation.labels):.4f} on test, significantly higher "
+                "(one-sided 1 %): the model may have been trained on calibration images"
             )
     prediction = evaluation.prediction
     bar = random_ause(prediction.probabilities, evaluation.labels)
     if evaluation.metrics["ause"].value > bar > 0:
-        found.append(f"the uncertainty ranks errors worse than a random order: AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}")
+        found.append(
+            "the uncertainty ranks errors worse than a random order: "
+            f"AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}"
+        )
     return found
 
 
@@ -321,5 +337,3 @@ def _refuse_non_finite(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{name} holds NaN or infinite values: the weights are damaged")
-
-

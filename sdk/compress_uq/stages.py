@@ -54,7 +54,9 @@ class Origin:
             InputError: the shape is not known.
         """
         if self.input_shape is None:
-            raise InputError(f"{stage} needs the shape of an image: pass example_inputs= (a batch), or an earlier stage's result")
+            raise InputError(
+                f"{stage} needs the shape of an image: pass example_inputs= (a batch), or an earlier stage's result"
+            )
         first = next(model.parameters(), torch.zeros(0))
         batch = torch.randn(images, *self.input_shape, generator=torch.Generator().manual_seed(0))
         return batch.to(first.device, first.dtype)

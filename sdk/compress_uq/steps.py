@@ -133,9 +133,7 @@ def finetune(
     return FinetuneResult(network, history, None, chosen, origin)
 
 
-def prepare_uncertainty(
-    model: ModelOrResult, method: str | Method, example_inputs: Tensor | None = None
-) -> nn.Module:
+def prepare_uncertainty(model: ModelOrResult, method: str | Method, example_inputs: Tensor | None = None) -> nn.Module:
     """A copy of the model as the method wants it trained, for your own training loop.
 
     Raises:
@@ -197,7 +195,9 @@ def calibrate(
         CalibrationError: nothing to fit.
     """
     if not isinstance(model, UncertainModel):
-        raise CalibrationError(f"calibrate takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first")
+        raise CalibrationError(
+            f"calibrate takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first"
+        )
     kind = CALIBRATORS[method]
     origin = model.origin
     if method == "none":

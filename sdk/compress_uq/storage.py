@@ -105,4 +105,6 @@ def _umask() -> int:
 
 def _not_written(target: Path, error: OSError) -> ArtifactError:
     reason = error.strerror or str(error)
-    return ArtifactError(f"{target} could not be written ({reason}): nothing was left behind; free space or choose another place")
+    return ArtifactError(
+        f"{target} could not be written ({reason}): nothing was left behind; free space or choose another place"
+    )

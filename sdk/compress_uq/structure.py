@@ -44,7 +44,9 @@ def rebuild(dense: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     state = network.state_dict()
     if set(state) != set(structure["tensors"]):
         differing = sorted(set(state) ^ set(structure["tensors"]))[0]
-        raise ArtifactError(f"the model is not the architecture that was compressed: {differing} is in one of them only")
+        raise ArtifactError(
+            f"the model is not the architecture that was compressed: {differing} is in one of them only"
+        )
     for name, shape in structure["tensors"].items():
         if list(state[name].shape) == shape:
             continue

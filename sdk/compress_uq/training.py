@@ -54,7 +54,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r}: expected auto, cpu or cuda[:i]")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu or auto")
+        raise InputError(
+            f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu or auto"
+        )
     return device
 
 

@@ -49,8 +49,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def fingerprint(self) -> str:
         """SHA-256 over class, name and size of every file."""
         lines = [
-            f"{target}/{file.name}/{file.stat().st_size}"
-            for file, target in zip(self.files, self.targets, strict=True)
+            f"{target}/{file.name}/{file.stat().st_size}" for file, target in zip(self.files, self.targets, strict=True)
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -123,5 +122,3 @@ def default_normalisation(channels: int) -> Normalisation:
     if channels == 3:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (0.5,), (0.5,)
-
-

@@ -26,13 +26,15 @@ TOLERANCE = 1e-4
 # Operators of the default domain that, at opset 18, have a kernel in ONNX Runtime's CUDA provider and stand on
 # TensorRT's list. Control flow, Dropout and the random operators are left out on purpose.
 _PORTABLE = frozenset(
-    "Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv "
-    "ConvTranspose CumSum DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND "
-    "Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity InstanceNormalization "
-    "LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mod Mul Neg Not Or PRelu Pad "
-    "Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize Round "
-    "ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Cos Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze "
-    "Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where".split()
+    (
+        "Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv "
+        "ConvTranspose CumSum DepthToSpace Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements "
+        "GatherND Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish Identity "
+        "InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min "
+        "Mod Mul Neg Not Or PRelu Pad Pow Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd "
+        "ReduceSum Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Cos Slice "
+        "Softmax Softplus SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile TopK Transpose Trilu Unsqueeze Where"
+    ).split()
 )
 _RANDOM = frozenset({"RandomUniformLike"})
 
@@ -90,7 +92,7 @@ def _feed(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Five random images, and seeds where the graph takes them."""
     random = np.random.default_rng(1)
     shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]]
-    feed = {"images": random.normal(size=(5, *shape)).astype(np.float32)}
+    feed: dict[str, np.ndarray] = {"images": random.normal(size=(5, *shape)).astype(np.float32)}
     if len(proto.graph.input) > 1:
         feed["seed"] = random.integers(-(2**62), 2**62, 5)
     return feed
@@ -101,7 +103,7 @@ def _runner(content: bytes, optimise: bool) -> Callable[[Mapping[str, np.ndarray
         made = session(content, optimise=optimise)
     except Exception as error:  # onnxruntime's errors have no common type
         raise GateError(f"gate 'loads': onnxruntime refuses the graph: {str(error).splitlines()[0]}") from error
-    return lambda feed: made.run(None, dict(feed))  # type: ignore[no-any-return]
+    return lambda feed: made.run(None, dict(feed))
 
 
 def _operators(given: GateInput) -> str:

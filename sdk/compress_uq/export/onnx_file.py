@@ -49,7 +49,9 @@ def export_onnx(
         ArtifactError: not an uncertain model, or the file cannot be written.
     """
     if not isinstance(model, UncertainModel):
-        raise ArtifactError(f"export_onnx takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first")
+        raise ArtifactError(
+            f"export_onnx takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first"
+        )
     folder = Path(path).parent
     if not folder.is_dir():
         raise ArtifactError(f"{path}: the folder {folder} is not there: make it first")

@@ -59,4 +59,5 @@ def brier(probabilities: ArrayLike | Any, labels: ArrayLike | Any) -> float:
 def brier_terms(probabilities: Floats, labels: Ints) -> Floats:
     """sum_k (p_k - [k = label])^2 of each image (N,)."""
     true = probabilities[np.arange(len(labels)), labels]
-    return (probabilities**2).sum(1) - 2 * true + 1
+    terms: Floats = (probabilities**2).sum(1) - 2 * true + 1
+    return terms

@@ -129,7 +129,7 @@ def _kept_errors(order_by: Floats, wrong: Any) -> Floats:
     ordered = order_by[order]
     kept = np.searchsorted(ordered, np.percentile(ordered, 100 - _REMOVED), side="right")
     errors = np.concatenate([[0.0], np.cumsum(np.asarray(wrong, dtype=np.float64)[order])])
-    return errors[kept] / kept  # type: ignore[no-any-return]
+    return errors[kept] / kept
 
 
 def _expected_errors(uncertainty: Floats, wrong: Any) -> Floats:
@@ -137,4 +137,4 @@ def _expected_errors(uncertainty: Floats, wrong: Any) -> Floats:
     _, group, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
     errors = np.bincount(group, weights=np.asarray(wrong, dtype=np.float64))
     # Within a group of ties every image carries the group's mean error.
-    return np.cumsum(np.repeat(errors / count, count))  # type: ignore[no-any-return]
+    return np.cumsum(np.repeat(errors / count, count))

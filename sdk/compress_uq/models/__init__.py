@@ -1,7 +1,15 @@
 """Architectures and model files."""
 
 from compress_uq.models.architectures import ARCHITECTURES, Architecture, build_model, import_callable
-from compress_uq.models.files import Checkpoint, DataRecord, ModelFile, load_model, open_model_file, read_checkpoint, save_model
+from compress_uq.models.files import (
+    Checkpoint,
+    DataRecord,
+    ModelFile,
+    load_model,
+    open_model_file,
+    read_checkpoint,
+    save_model,
+)
 from compress_uq.models.layers import ChannelSelect
 from compress_uq.models.outputs import as_logits
 

@@ -76,7 +76,10 @@ class Architecture:
         """The inverse of `to_json`."""
         shape = data.get("input_shape")
         return cls(
-            data["reference"], int(data["num_classes"]), None if shape is None else tuple(shape), data.get("options", {})
+            data["reference"],
+            int(data["num_classes"]),
+            None if shape is None else tuple(shape),
+            data.get("options", {}),
         )
 
 
@@ -179,7 +182,7 @@ def _build_timm(arch: str, name: str, arguments: dict[str, Any]) -> nn.Module:
     shape = arguments.pop("input_shape")
     if shape is not None:
         arguments.setdefault("in_chans", shape[0])
-    return timm.create_model(name, pretrained=False, **arguments)  # type: ignore[no-any-return]
+    return timm.create_model(name, pretrained=False, **arguments)
 
 
 def _build_imported(arch: str, _name: str, arguments: dict[str, Any]) -> nn.Module:

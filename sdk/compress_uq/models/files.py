@@ -93,7 +93,9 @@ class ModelFile:
         """
         recorded = self.architecture
         if arch is not None:
-            reference = Architecture(arch, num_classes or self._classes(), input_shape, options or {})
+            reference: Architecture | None = Architecture(
+                arch, num_classes or self._classes(), input_shape, options or {}
+            )
         elif recorded is not None and recorded.imports_user_code:
             raise ModelError(
                 f"{self.path} names the architecture {recorded.reference!r}, which is not imported on its own: "
@@ -153,8 +155,8 @@ def open_model_file(path: str | os.PathLike[str], *, unsafe: bool = False) -> Mo
     if content.get("format") == _FORMAT:
         if content["format_version"] > _FORMAT_VERSION:
             raise ModelError(
-                f"{file} has checkpoint format {content['format_version']}, this version reads up to {_FORMAT_VERSION}: "
-                "update compress-uq"
+                f"{file} has checkpoint format {content['format_version']}, this version reads up to "
+                f"{_FORMAT_VERSION}: update compress-uq"
             )
         return ModelFile(file, content, content["state_dict"], None)
     return ModelFile(file, {}, _state_dict(content, file), None)

@@ -77,7 +77,7 @@ def prune(
     criterion: str | Criterion = "l1",
     round_to: int = 8,
 ) -> PruneResult:
-    """Remove the least important channels of every layer; the classifier's outputs stay, and so does the caller's model.
+    """Remove the least important channels of every layer of a copy; the classifier's outputs stay.
 
     Args:
         model: a classifier, or a stage's result.

@@ -22,7 +22,7 @@ CONVENTIONS = {
     "ece": "top label, 15 equal-width bins [a, b), the last closed",
     "ause": "Holzbock algorithm 1, sign corrected: q = 0, 2 ... 98, oracle 1 - p[label], trapezoid with step 0.02",
     "ood": "out-of-distribution is the positive class; fpr95 at 95 % of them flagged; ood_auroc is the mean over sets",
-    "intervals": "95 % percentile bootstrap over images, 500 resamples, widened to contain the figure; per class: Wilson",
+    "intervals": "95 % percentile bootstrap over images, 500 resamples, widened to hold the figure; per class: Wilson",
     "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",

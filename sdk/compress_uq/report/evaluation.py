@@ -172,7 +172,9 @@ def _per_class(prediction: Prediction, truth: np.ndarray, names: list[str]) -> d
     """Accuracy of each class with a Wilson interval, which needs no resampling."""
     values = per_class_accuracy(prediction.probabilities, truth)
     if len(names) != len(values):
-        raise ArtifactError(f"the model has {len(values)} classes and the data {len(names)}: they do not belong together")
+        raise ArtifactError(
+            f"the model has {len(values)} classes and the data {len(names)}: they do not belong together"
+        )
     counts = np.bincount(truth, minlength=len(values))
     return {name: _wilson(float(p), int(n)) for name, p, n in zip(names, values, counts, strict=True)}
 
@@ -183,4 +185,3 @@ def _wilson(share: float, count: int, z: float = 1.96) -> Figure:
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
     return Figure(share, min(share, centre - half), max(share, centre + half))
-

@@ -106,7 +106,9 @@ def _reliability(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
         centres = (np.arange(len(bins.count)) + 0.5) / len(bins.count)
         width = 0.9 / len(bins.count)
         axis.bar(centres[filled], bins.accuracy[filled], width, color=_COLOURS[name], label="accuracy")
-        axis.plot(bins.confidence[filled], bins.accuracy[filled], ".", color="black", label="mean confidence of the bin")
+        axis.plot(
+            bins.confidence[filled], bins.accuracy[filled], ".", color="black", label="mean confidence of the bin"
+        )
         axis.plot([0, 1], [0, 1], "--", color="black", linewidth=0.8)
         share = bins.count[filled] / bins.count.sum()
         for x, y, s in zip(centres[filled], bins.accuracy[filled], share, strict=True):

@@ -69,7 +69,7 @@ class DropoutNetwork(nn.Module):
             network.get_submodule(site.module).register_forward_hook(_TrainingHook(dropout))  # type: ignore[arg-type]
         for site in sites:
             if site.own:
-                network.get_submodule(site.module).p = site.p
+                network.get_submodule(site.module).p = site.p  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) to logits (N, K)."""
@@ -131,7 +131,9 @@ class _Masked(nn.Module):
             return random_masks(self.members, one, self.site.shape, self.site.p)
         seed = _SEED.get()
         if seed is None:
-            raise UncertaintyError("seeded sampling needs a seed per image: model(images, seed), seed int64 of shape (N,)")
+            raise UncertaintyError(
+                "seeded sampling needs a seed per image: model(images, seed), seed int64 of shape (N,)"
+            )
         return hashed_masks(self.members, seed, self.site.shape, self.site.p, self.salt)
 
 
@@ -180,7 +182,8 @@ class SampledDropout(Members):
             logits = as_logits(self.network(folded)).float()
         finally:
             _SEED.reset(token)
-        return logits.unflatten(0, (self.count, -1))
+        members: Tensor = logits.unflatten(0, (self.count, -1))
+        return members
 
     def structure(self) -> dict[str, Any]:
         """Members, sites and fold."""
@@ -208,9 +211,7 @@ class SampledDropout(Members):
 
 def sampled_macs(network: nn.Module, sites: Sequence[Site], fold: str | None, example: Tensor) -> tuple[int, int]:
     """MACs of one image before the members part, and of one member after it."""
-    one, two = (
-        count_macs(SampledDropout(network, sites, members, fold=fold), example[:1]) for members in (1, 2)
-    )
+    one, two = (count_macs(SampledDropout(network, sites, members, fold=fold), example[:1]) for members in (1, 2))
     return one - (two - one), two - one
 
 
@@ -238,7 +239,9 @@ def find_fold(network: nn.Module, sites: Sequence[Site], example: Tensor) -> str
             scale = float(wanted.abs().max()) + 1e-6
             if got.shape == wanted.shape and float((got - wanted).abs().max()) <= 1e-4 * scale:
                 return fold
-    raise UncertaintyError("the model's answer for an image depends on the other images of the batch: it cannot be sampled")
+    raise UncertaintyError(
+        "the model's answer for an image depends on the other images of the batch: it cannot be sampled"
+    )
 
 
 def _ancestors(name: str) -> list[str]:

@@ -93,9 +93,7 @@ class MCDropout(Method):
 
     def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
         """Members with masks of the right shapes."""
-        sites = tuple(
-            Site(site["module"], site["p"], tuple(site["shape"]), site["own"]) for site in structure["sites"]
-        )
+        sites = tuple(Site(site["module"], site["p"], tuple(site["shape"]), site["own"]) for site in structure["sites"])
         masks = [torch.zeros(structure["members"], *site.shape) for site in sites]
         return SampledDropout(network, sites, structure["members"], fold=structure["fold"], masks=masks)
 

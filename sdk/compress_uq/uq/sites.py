@@ -79,7 +79,9 @@ def find_sites(model: nn.Module, example: Tensor, p: float | None) -> tuple[Site
         return tuple(sorted(own, key=lambda site: trace.order[site.module]))
     unsupported = [n for n, m in modules.items() if isinstance(m, _UNSUPPORTED) and m.p > 0]
     if unsupported:
-        raise UncertaintyError(f"{unsupported[0]} is a {type(modules[unsupported[0]]).__name__}: only Dropout to Dropout3d can be sampled")
+        raise UncertaintyError(
+            f"{unsupported[0]} is a {type(modules[unsupported[0]]).__name__}: only Dropout to Dropout3d can be sampled"
+        )
     head = _head(model, trace)
     names = [name for name in _block_ends(model) if name in trace.order and trace.order[name] < trace.order[head]]
     if not names:
@@ -117,7 +119,9 @@ def _site_at(model: nn.Module, name: str, p: float | None, known: _Trace) -> Sit
     """The site at a module's output: its own dropout layer, or new channel dropout."""
     module = model.get_submodule(name)
     if name not in known.order:
-        raise UncertaintyError(f"dropout cannot go at {name}: it does not run exactly once, or does not return a tensor")
+        raise UncertaintyError(
+            f"dropout cannot go at {name}: it does not run exactly once, or does not return a tensor"
+        )
     if isinstance(module, _ELEMENTWISE + _CHANNELWISE):
         rate = p or module.p
         if not rate:
@@ -138,7 +142,9 @@ def functional_dropout(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             module = probe.get_submodule(stack[-1])
-            if func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d) and not isinstance(module, nn.modules.dropout._DropoutNd):
+            if func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d) and not isinstance(
+                module, nn.modules.dropout._DropoutNd
+            ):
                 arguments = dict(zip(("input", "p", "training"), args, strict=False)) | (kwargs or {})
                 if arguments.get("p", 0.5) > 0 and arguments.get("training", True):
                     found.add(stack[-1] or "forward")
@@ -238,7 +244,8 @@ def _head(model: nn.Module, trace: _Trace) -> str:
     weighted = [n for n, m in model.named_modules() if n in trace.order and _leaf(m) and _weighted(m)]
     if not weighted:
         raise UncertaintyError("the model has no layer with a weight matrix")
-    return max(weighted, key=trace.order.__getitem__)
+    last: str = max(weighted, key=trace.order.__getitem__)
+    return last
 
 
 def _own_shape(module: nn.Module, output: tuple[int, ...]) -> tuple[int, ...]:
