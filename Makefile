@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-fast bench lint clean
+.PHONY: demo test bench lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,7 +26,7 @@ lint: $(READY)
 
 # The exported file against one dense pass and against the eager loop; ratios, by hand.
 bench: $(READY)
-	$(BIN)/python docs/results/bench.py
+	$(BIN)/python tests/bench/latency.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -52,7 +52,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A callback that draws one bar per stage, with the time left; warnings become remarks."""
+    """A callback that draws one bar per stage, with the time left; what the card will say is not said twice."""
     logging.captureWarnings(True)
     bars = Bars(
         TextColumn("{task.description}"),

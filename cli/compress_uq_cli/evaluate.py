@@ -76,6 +76,10 @@ def _splits_of_onnx(
     name = data or recorded.get("data")
     if name is None:
         raise cuq.InputError(f"{model.path} does not record its data: pass --data")
+    if data is None and ":" in name:
+        raise cuq.InputError(
+            f"{model.path} names the data {name!r}, which is not imported on its own: pass --data {name}"
+        )
     shape = tuple(model.input_shape)
     mean, std = (normalisation[k] or recorded["input"][k] for k in ("mean", "std"))
     splits = cuq.load_splits(name, mean=mean, std=std, input_shape=shape, reserve=False, **where)

@@ -46,6 +46,12 @@ def open_model_and_data(
         raise cuq.InputError(
             f"{path} does not record its data: pass --data, such as cifar10 or a folder of class folders"
         )
+    if data is None and ":" in name:
+        raise cuq.InputError(
+            f"{path} names the data {name!r}, which is not imported on its own: pass --data {name} if you trust it"
+        )
+    if options and arch is None:
+        raise cuq.InputError("--arch-option needs --arch")
     recorded_shape = opened.recorded("input_shape")
     splits = cuq.load_splits(
         name,

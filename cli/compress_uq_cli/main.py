@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(args=arguments, standalone_mode=False)
     except typer.TyperException as error:
-        complain(error.format_message())
+        if error.format_message():
+            complain(error.format_message())
         return 2
     except cuq.errors.RequirementNotMetError as error:
         complain(str(error))
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain(str(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted; nothing was written")
+        complain("interrupted; no output was written, nothing is half-written")
         return 130
     except Exception:
         traceback.print_exc()

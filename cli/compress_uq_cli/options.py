@@ -42,6 +42,9 @@ UnsafeLoad = Annotated[
 ]
 
 
+_REPEATED = frozenset({"ood", "require", "arch_option"})
+
+
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Lay a TOML file under the command line's own options."""
     if path is None or context.resilient_parsing:
@@ -58,16 +61,16 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         name = key.replace("-", "_")
         if name not in known:
             raise cuq.errors.UnknownNameError(f"key of {path}", key, (k.replace("_", "-") for k in known))
-        values[name] = _as_option(value)
+        values[name] = _as_option(value, repeated=name in _REPEATED)
     context.default_map = {**(context.default_map or {}), **values}
     return path
 
 
-def _as_option(value: Any) -> Any:
-    """TOML's numbers in a list are a comma-separated option; strings in a list a repeated one."""
-    if isinstance(value, list) and value and not all(isinstance(v, str) for v in value):
-        return ",".join(str(v) for v in value)
-    return value
+def _as_option(value: Any, *, repeated: bool) -> Any:
+    """A TOML list is a repeated option where there is one, and a comma-separated one otherwise."""
+    if repeated:
+        return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return ",".join(str(v) for v in value) if isinstance(value, list) else value
 
 
 Config = Annotated[

@@ -31,7 +31,7 @@ def predict(
     if chosen_mean is None or chosen_std is None:
         raise cuq.InputError(f"{artifact} does not record its normalisation: pass --mean and --std")
     images = cuq.data.read_images(files, model.input_shape, (tuple(chosen_mean), tuple(chosen_std)))
-    answers = model(images.numpy())
+    answers = model(images.numpy(), [0] * len(images) if model.seeded else None)
     labels = recorded["labels"] or [str(k) for k in range(answers.probabilities.shape[1])]
     results = [
         {

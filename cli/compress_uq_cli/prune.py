@@ -91,7 +91,13 @@ def prune(
         ood=ood or (),
         unsafe=unsafe_load,
     )
-    what: dict[str, Any] = {"sparsity": sparsity, "criterion": criterion, "round_to": round_to, "uq": method}
+    what: dict[str, Any] = {
+        "sparsity": sparsity,
+        "criterion": criterion,
+        "round_to": round_to,
+        "uq": method,
+        "calibration": calibration,
+    }
     plan = cuq.plan_compression(opened.checkpoint.model, opened.splits, **what)
     _show_plan(plan, training, opened.splits)
     if dry_run:
@@ -103,7 +109,6 @@ def prune(
         bundle = cuq.compress(
             opened.checkpoint.model,
             opened.splits,
-            calibration=calibration,
             training=training,
             arch=opened.checkpoint.architecture,
             control=control,

@@ -36,8 +36,8 @@ FORMAT_VERSION = 1
 FILES = ("model.safetensors", "structure.json", "report.json", "report.md", "report.html", "model.onnx")
 
 _NO_ARCHITECTURE = (
-    "this bundle does not name an architecture that can be rebuilt: pass Bundle.load(path, model=DENSE_MODULE) "
-    "(or a callable that makes it); its ONNX file works without"
+    "this bundle does not name an architecture that is rebuilt on its own: name its package.module:callable again with "
+    "--arch (arch=), or pass Bundle.load(path, model=DENSE_MODULE); its ONNX file works without"
 )
 
 

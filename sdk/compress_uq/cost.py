@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "count_macs", "evaluation_mode", "interleaved_milliseconds", "measure_cost"]
+__all__ = ["Cost", "count_macs", "evaluation_mode", "interleaved_milliseconds", "measure_cost", "on_device"]
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device | str) -> Iterator[nn.Module]:
+    """The model on a device inside the block, and back where it was after it."""
+    first = next(model.parameters(), None)
+    home = torch.device("cpu") if first is None else first.device
+    try:
+        yield model.to(device)
+    finally:
+        model.to(home)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
+from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import TrainingConfig
 from compress_uq.data import Splits, identical_images
 from compress_uq.errors import CalibrationError, DataError, GateError, ModelError
@@ -64,14 +65,18 @@ def plan_compression(
     criterion: str = "l1",
     round_to: int = 8,
     uq: str | Method = "mc-dropout",
+    calibration: str = "temperature",
 ) -> CompressionPlan:
     """Prune, place the uncertainty method, and check the inputs: all of `compress` that takes seconds.
 
     Raises:
         InputError: whatever the stages would refuse.
     """
-    dense, origin = unpack(model, splits.example())
+    dense, _ = unpack(model)
     method = resolve_method(uq)
+    splits.require("test", "the report card")
+    if CALIBRATORS[calibration].name != "none":
+        splits.require("calibration", f"calibration {calibration!r}")
     _refuse_non_finite(dense)
     pruned = prune(dense, splits.example(), sparsity=sparsity, criterion=criterion, round_to=round_to)
     described = method.describe(pruned.model, pruned.origin)
@@ -123,12 +128,13 @@ def compress(
     config, _ = training_config(training, options)
     dense, _ = unpack(model)
     dense_mode = {name: module.training for name, module in dense.named_modules()}
-    plan = plan_compression(model, splits, sparsity=sparsity, criterion=criterion, round_to=round_to, uq=uq)
-    splits.require("test", "the report card")
-    if calibration != "none":
-        splits.require("calibration", f"calibration {calibration!r}")
+    plan = plan_compression(
+        model, splits, sparsity=sparsity, criterion=criterion, round_to=round_to, uq=uq, calibration=calibration
+    )
     method, origin = plan.method, plan.pruned.origin
     architecture = _architecture(arch, splits, origin)
+    if architecture is not None:
+        _refuse_misfit(architecture, dense)
     warnings = list(plan.warnings)
     recipe = _recipe(plan, config, splits, sparsity, criterion, round_to, calibration, architecture)
 
@@ -141,7 +147,7 @@ def compress(
 
     def calibrated(uncertain: UncertainModel, name: str) -> UncertainModel:
         try:
-            return calibrate(uncertain, splits, method=calibration, progress=progress)
+            return calibrate(uncertain, splits, method=calibration, device=config.device, progress=progress)
         except CalibrationError as error:
             warnings.append(f"{name} is not calibrated: {error}")
             return uncertain
@@ -149,22 +155,24 @@ def compress(
     try:
         # The dense model, as it was given and calibrated on the same images.
         plain = UncertainModel(MSP().fit(dense, origin), MSP(), origin.of_data(splits))
-        dense_evaluation = evaluate(plain, splits, progress=progress, stage="dense")
+        dense_evaluation = evaluate(plain, splits, device=config.device, progress=progress, stage="dense")
         warnings += _near_chance(dense_evaluation)
         dense_calibrated = calibrated(plain, "dense_calibrated")
-        dense_calibrated_evaluation = evaluate(dense_calibrated, splits, progress=progress, stage="dense calibrated")
+        dense_calibrated_evaluation = evaluate(
+            dense_calibrated, splits, device=config.device, progress=progress, stage="dense calibrated"
+        )
 
         # The compressed model.
         tuned = tune(plan.pruned, method, "fine-tuning")
         uncertain = calibrated(fit_uncertainty(tuned, splits), "compressed")
-        evaluation = evaluate(uncertain, splits, progress=progress, stage="compressed")
+        evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
         evaluation = _with_cost(evaluation, training_seconds=sum(epoch.seconds for epoch in tuned.history))
 
         # Its exported file, measured again, and timed beside one dense pass.
         with tempfile.TemporaryDirectory() as folder:
             files = {"onnx": Path(folder) / "model.onnx", "dense": Path(folder) / "dense.onnx"}
             export_onnx(uncertain, files["onnx"], recipe_hash=recipe_hash(recipe))
-            onnx_evaluation = evaluate(files["onnx"], splits, progress=progress, stage="onnx")
+            onnx_evaluation = evaluate(files["onnx"], splits, device=config.device, progress=progress, stage="onnx")
             warnings += _export_dense(plain, files)
             assert origin.input_shape is not None
             latency = onnx_milliseconds({k: f for k, f in files.items() if f.is_file()}, origin.input_shape)
@@ -177,7 +185,7 @@ def compress(
             beside = tune(_Bare(dense, origin), same, "control")
             control_model = calibrated(fit_uncertainty(beside, splits), "control")
             control_evaluation = _with_cost(
-                evaluate(control_model, splits, progress=progress, stage="control"),
+                evaluate(control_model, splits, device=config.device, progress=progress, stage="control"),
                 training_seconds=sum(epoch.seconds for epoch in beside.history),
             )
     finally:
@@ -265,6 +273,18 @@ def _architecture(arch: str | Architecture | None, splits: Splits, origin: Origi
     return Architecture(arch, len(splits.info.labels), origin.input_shape)
 
 
+def _refuse_misfit(architecture: Architecture, dense: nn.Module) -> None:
+    """A bundle that could not be rebuilt later is refused now."""
+    built = {name: tuple(value.shape) for name, value in architecture.build().state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in dense.state_dict().items()}
+    for name in {**given, **built}:
+        if built.get(name) != given.get(name):
+            raise ModelError(
+                f"arch {architecture.reference!r} does not build the model given: {name} is {built.get(name)} in the "
+                f"architecture and {given.get(name)} in the model"
+            )
+
+
 def _export_dense(plain: UncertainModel, files: Mapping[str, Path]) -> list[str]:
     try:
         export_onnx(plain, files["dense"])
@@ -292,9 +312,9 @@ def _with_cost(
 
 
 def _near_chance(dense: Evaluation) -> list[str]:
-    classes = dense.prediction.probabilities.shape[1]
     accuracy = dense.metrics["accuracy"].value
-    if accuracy > 2 / classes and accuracy > 1.2 * float(np.bincount(dense.labels).max()) / len(dense.labels):
+    chance = float(np.bincount(dense.labels).max()) / len(dense.labels)
+    if accuracy > chance + 0.1 * (1 - chance):
         return []
     return [
         f"the dense model scores {accuracy:.3f} on its own data, near chance: a wrong --mean or --std, or another "

@@ -86,7 +86,7 @@ class OnnxPredictor:
         if names[: len(OUTPUT_NAMES)] != OUTPUT_NAMES:
             raise ArtifactError(f"{self.path} was not exported by compress-uq: its outputs are {', '.join(names)}")
         self._outputs = names
-        self._seeded = [i.name for i in self._session.get_inputs()] == ["images", "seed"]
+        self.seeded = [i.name for i in self._session.get_inputs()] == ["images", "seed"]
         self.input_shape: tuple[int, ...] = tuple(self._session.get_inputs()[0].shape[1:])
 
     @property
@@ -99,7 +99,7 @@ class OnnxPredictor:
             if key.startswith(METADATA_PREFIX)
         }
 
-    def __call__(self, images: np.ndarray, seed: np.ndarray | None = None) -> Prediction:
+    def __call__(self, images: np.ndarray, seed: np.ndarray | Sequence[int] | None = None) -> Prediction:
         """Images (N, C, H, W) float32, normalised, to a `Prediction` of arrays.
 
         Args:
@@ -117,8 +117,8 @@ class OnnxPredictor:
         if not np.isfinite(array).all():
             raise InputError("images hold NaN or infinite values")
         feed = {"images": np.ascontiguousarray(array, dtype=np.float32)}
-        if self._seeded != (seed is not None):
-            wanted = "a seed per image: pass seed, int64 of shape (N,)" if self._seeded else "no seed: leave it out"
+        if self.seeded != (seed is not None):
+            wanted = "a seed per image: pass seed, int64 of shape (N,)" if self.seeded else "no seed: leave it out"
             raise InputError(f"{self.path.name} takes {wanted}")
         if seed is not None:
             feed["seed"] = np.asarray(seed, dtype=np.int64)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import TrainingConfig
+from compress_uq.cost import on_device
 from compress_uq.data import Augmentation, Splits, check_labels
 from compress_uq.errors import CalibrationError, InputError, UncertaintyError, UnknownNameError
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.stages import ModelOrResult, Origin, unpack
-from compress_uq.training import Epoch, fit_network
+from compress_uq.training import Epoch, fit_network, resolve_device
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import METHODS, DropoutNetwork, Method
 
@@ -185,7 +186,7 @@ def calibrate(
     splits: Splits,
     *,
     method: str = "temperature",
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
     progress: ProgressCallback = silent,
 ) -> UncertainModel:
     """A copy of the model with a calibrator fitted on the calibration split.
@@ -203,14 +204,15 @@ def calibrate(
     if method == "none":
         return UncertainModel(copy.deepcopy(model.members), model.method, origin, kind())
     dataset = splits.require("calibration", f"calibration {method!r}")
-    model.to(device)
-    (logits,), labels = collect(
-        lambda images: model.member_logits(images).transpose(0, 1),
-        dataset,
-        device=device,
-        progress=progress,
-        stage="calibrating",
-    )
+    target = resolve_device(device)
+    with on_device(model, target):
+        (logits,), labels = collect(
+            lambda images: model.member_logits(images).transpose(0, 1),
+            dataset,
+            device=target,
+            progress=progress,
+            stage="calibrating",
+        )
     check_labels(torch.from_numpy(labels), logits.shape[2])
     fitted = kind.fit(logits.transpose(1, 0, 2), labels)
     return UncertainModel(copy.deepcopy(model.members), model.method, origin, fitted)

@@ -101,6 +101,7 @@ def fit_network(
     generator = torch.Generator().manual_seed(config.seed)
     count = len(train)  # type: ignore[arg-type]
     example = train[0][0].unsqueeze(0).to(device)
+    home = parameters[0].device
     model.to(device)
     precise = _Precision(model, example)
     precise.prepare(model)
@@ -114,7 +115,7 @@ def fit_network(
     schedule = _SCHEDULES[config.schedule](optimizer, config, steps * config.epochs)
     loss_of = _Loss(config, _class_weights(config, train, device), teacher)
     history: list[Epoch] = []
-    saved = _Resumable(checkpoint, config, model, optimizer, schedule, generator, history)
+    saved = _Resumable(checkpoint, _signature(config, model, teacher), model, optimizer, schedule, generator, history)
     saved.restore()
     with _flushed_denormals():
         while len(history) < config.epochs:
@@ -145,6 +146,7 @@ def fit_network(
             history.append(Epoch(total / seen, right / seen, time.perf_counter() - start))
             saved.save()
     model.to(memory_format=torch.contiguous_format)
+    model.to(home)
     model.eval()
     return tuple(history)
 
@@ -197,7 +199,7 @@ class _Resumable:
     def __init__(
         self,
         path: Path | None,
-        config: TrainingConfig,
+        signature: str,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: Any,
@@ -205,9 +207,7 @@ class _Resumable:
         history: list[Epoch],
     ) -> None:
         self._path, self._model, self._optimizer, self._schedule = path, model, optimizer, schedule
-        self._generator, self._history = generator, history
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        self._signature = hashlib.sha256(repr((config, shapes)).encode()).hexdigest()
+        self._generator, self._history, self._signature = generator, history, signature
 
     def save(self) -> None:
         if self._path is None:
@@ -237,6 +237,16 @@ class _Resumable:
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         self._history += [Epoch(**epoch) for epoch in state["history"]]
+
+
+def _signature(config: TrainingConfig, model: nn.Module, teacher: nn.Module | None) -> str:
+    """What has to be the same for a training to be taken up again: configuration, first weights, and the teacher."""
+    digest = hashlib.sha256(repr(config).encode())
+    for module in (model, teacher):
+        for name, value in ({} if module is None else module.state_dict()).items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

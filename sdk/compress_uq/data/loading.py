@@ -7,6 +7,7 @@ training set is contaminated, and a class-balanced fifth of the test split is ta
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from compress_uq.data.folders import ImageFiles, class_folders, default_normalis
 from compress_uq.data.images import ImageTensors, Normalisation
 from compress_uq.data.named import DATASETS
 from compress_uq.data.ood import ood_set
-from compress_uq.data.splits import DataInfo, ImageDataset, Splits, labels_of, take_class_balanced
+from compress_uq.data.splits import DataInfo, Splits, labels_of, take_class_balanced
 from compress_uq.errors import DataError, UnknownNameError
 from compress_uq.models import DataRecord, import_callable
 
@@ -41,6 +42,19 @@ class _Source:
     ood: tuple[str, ...] = ()
     calibration: Any = None
     notes: tuple[str, ...] = ()
+
+    def splits(self) -> Splits:
+        """The parts as they are, before calibration images are set aside."""
+        info = DataInfo(
+            name=self.name,
+            labels=self.labels,
+            mean=self.normalisation[0],
+            std=self.normalisation[1],
+            augment=self.augment,
+            fingerprint=self.train.fingerprint(),
+            notes=self.notes,
+        )
+        return Splits(train=self.train, calibration=self.calibration, test=self.test, info=info)
 
 
 def load_splits(
@@ -71,23 +85,13 @@ def load_splits(
         DataError: the set is unknown, missing or unusable.
     """
     if ":" in name and not Path(name).exists():
-        return _from_callable(name, ood, Path(root), mean, std)
-    source = _read(name, Path(root), mean, std, input_shape)
-    fingerprint = source.train.fingerprint()
-    info = DataInfo(
-        name=source.name,
-        labels=source.labels,
-        mean=source.normalisation[0],
-        std=source.normalisation[1],
-        augment=source.augment,
-        fingerprint=fingerprint,
-        notes=source.notes,
-    )
-    if reserve:
-        splits = _calibration_rule(source, info, record, seed)
+        splits, default_ood = _from_callable(name, mean, std), tuple[str, ...]()
     else:
-        splits = Splits(train=source.train, test=source.test, info=replace(info, calibration="none"))
-    return _with_ood(splits, ood or source.ood, Path(root), source.normalisation)
+        source = _read(name, Path(root), mean, std, input_shape)
+        splits, default_ood = source.splits(), source.ood
+    if reserve:
+        splits = _calibration_rule(splits, record, seed)
+    return _with_ood(splits, ood or default_ood, Path(root))
 
 
 def hold_out(splits: Splits, *, seed: int = 0) -> Splits:
@@ -106,32 +110,28 @@ def hold_out(splits: Splits, *, seed: int = 0) -> Splits:
     return replace(splits, train=Subset(train, rest), calibration=Subset(train, chosen), info=info)
 
 
-def _calibration_rule(source: _Source, info: DataInfo, record: DataRecord | None, seed: int) -> Splits:
-    if source.calibration is not None:
-        return Splits(train=source.train, calibration=source.calibration, test=source.test, info=info)
-    if record is not None and record.held_out and record.fingerprint == info.fingerprint:
+def _calibration_rule(splits: Splits, record: DataRecord | None, seed: int) -> Splits:
+    """Calibration images for splits that bring none."""
+    info, train, test = splits.info, splits.train, splits.test
+    if splits.calibration is not None or test is None:
+        return splits
+    if train is not None and record is not None and record.held_out and record.fingerprint == info.fingerprint:
         chosen = set(record.held_out)
-        rest = [i for i in range(len(source.train)) if i not in chosen]
+        rest = [i for i in range(len(train)) if i not in chosen]  # type: ignore[arg-type]
         info = replace(
             info,
             calibration=f"{len(chosen)} training images that the checkpoint records as held out of its training",
             held_out=record.held_out,
         )
-        calibration: ImageDataset = Subset(source.train, sorted(chosen))
-        return Splits(train=Subset(source.train, rest), calibration=calibration, test=source.test, info=info)
-    chosen_test, rest_test = take_class_balanced(labels_of(source.test), 0.2, seed)
+        return replace(splits, train=Subset(train, rest), calibration=Subset(train, sorted(chosen)), info=info)
+    chosen_test, rest_test = take_class_balanced(labels_of(test), 0.2, seed)
     info = replace(
         info,
-        calibration=f"a class-balanced fifth of the test split ({len(chosen_test)} images), since the training of "
-        f"these weights is not recorded; figures are on the other {len(rest_test)}",
+        calibration=f"a class-balanced fifth of the test split ({len(chosen_test)} images), since no training of these "
+        f"weights on these data is recorded; figures are on the other {len(rest_test)}",
         calibration_from_test=True,
     )
-    return Splits(
-        train=source.train,
-        calibration=Subset(source.test, chosen_test),
-        test=Subset(source.test, rest_test),
-        info=info,
-    )
+    return replace(splits, calibration=Subset(test, chosen_test), test=Subset(test, rest_test), info=info)
 
 
 def _read(
@@ -202,21 +202,26 @@ def _divide_folder(
     return _Source(name, part(train), part(test), names, norm, "none", notes=(note,))
 
 
-def _from_callable(
-    name: str, ood: Sequence[str], root: Path, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Splits:
+def _from_callable(name: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> Splits:
+    """The caller's splits; their images are fed as they come, and mean and std are only recorded."""
     splits = import_callable(name, "data")()
     if not isinstance(splits, Splits):
         raise DataError(f"data {name!r} returned {type(splits).__name__}: expected compress_uq.Splits")
-    if splits.info == DataInfo():
-        splits = replace(splits, info=replace(splits.info, name=name))
-    normalisation = (tuple(mean), tuple(std)) if mean and std else None
-    return _with_ood(splits, ood, root, normalisation)
+    info = splits.info
+    known = name if info.name == DataInfo.name else info.name
+    fingerprint = info.fingerprint
+    if fingerprint is None and splits.train is not None:
+        fingerprint = hashlib.sha256(labels_of(splits.train).numpy().tobytes()).hexdigest()
+    recorded = (tuple(mean) if mean else info.mean, tuple(std) if std else info.std)
+    info = replace(info, name=known, fingerprint=fingerprint, mean=recorded[0], std=recorded[1])
+    return replace(splits, info=info)
 
 
-def _with_ood(splits: Splits, names: Sequence[str], root: Path, normalisation: Normalisation | None) -> Splits:
+def _with_ood(splits: Splits, names: Sequence[str], root: Path) -> Splits:
     if not names:
         return splits
+    info = splits.info
+    normalisation = None if info.mean is None or info.std is None else (info.mean, info.std)
     test = splits.require("test", "an out-of-distribution figure")
     shape = tuple(test[0][0].shape)
     sets = dict(splits.ood)

@@ -97,6 +97,8 @@ def ood_set(
         DataError: no such set, or it needs a normalisation that is not known.
     """
     if reference in MADE_SETS:
+        if reference == "photographs" and normalisation is None:
+            raise DataError("--ood photographs must be normalised as the data is: pass --mean and --std")
         return reference, MADE_SETS[reference](test, shape, normalisation or ((0.0,), (1.0,)))
     folder = Path(reference)
     if reference not in DATASETS and not folder.is_dir():

@@ -138,7 +138,7 @@ def _one_file(given: GateInput) -> str:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             raise GateError(f"gate 'one file': {tensor.name} lies in another file")
     for place in {os.getcwd(), os.path.expanduser("~") + os.sep, "site-packages"} - {os.sep, os.sep * 2}:
-        if place.encode() in given.content:
+        if len(place) > 5 and place.encode() in given.content:
             raise GateError(f"gate 'one file': the file holds the path {place!r}")
     return f"{len(given.content)} bytes"
 
@@ -194,8 +194,9 @@ def _agree(gate: str, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
                 raise GateError(f"gate {gate!r}: labels differ")
             continue
         difference = float(np.abs(a.astype(np.float64) - b).max())
-        if not difference <= TOLERANCE * (10 if name in ("entropy", "ood_score", "mutual_information") else 1):
-            raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {TOLERANCE}")
+        allowed = TOLERANCE * (10 if name in ("entropy", "ood_score", "mutual_information") else 1)
+        if not difference <= allowed:
+            raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {allowed:.3g}")
         worst = max(worst, difference)
     return f"largest difference {worst:.2g}"
 

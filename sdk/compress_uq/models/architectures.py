@@ -125,9 +125,7 @@ def import_callable(reference: str, what: str) -> Callable[..., Any]:
         ModelError: it cannot be imported, or is not callable.
     """
     module_name, _, attribute = reference.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    import_from_here()
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
@@ -137,6 +135,13 @@ def import_callable(reference: str, what: str) -> Callable[..., Any]:
     if not callable(found):
         raise ModelError(f"{what} {reference!r} is a {type(found).__name__}: expected a callable")
     return found  # type: ignore[no-any-return]
+
+
+def import_from_here() -> None:
+    """Make the current folder importable, as uvicorn does."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress_uq.errors import ModelError
-from compress_uq.models.architectures import Architecture
+from compress_uq.models.architectures import Architecture, import_from_here
 from compress_uq.models.layers import ChannelSelect
 from compress_uq.storage import write_bytes
 
@@ -92,10 +92,11 @@ class ModelFile:
             ModelError: no architecture is known, the weights do not fit it, or they are not finite.
         """
         recorded = self.architecture
-        if arch is not None:
-            reference: Architecture | None = Architecture(
-                arch, num_classes or self._classes(), input_shape, options or {}
-            )
+        reference: Architecture | None
+        if recorded is not None and arch == recorded.reference and not options:
+            reference = recorded
+        elif arch is not None:
+            reference = Architecture(arch, num_classes or self._classes(), input_shape, options or {})
         elif recorded is not None and recorded.imports_user_code:
             raise ModelError(
                 f"{self.path} names the architecture {recorded.reference!r}, which is not imported on its own: "
@@ -140,6 +141,8 @@ def open_model_file(path: str | os.PathLike[str], *, unsafe: bool = False) -> Mo
         ModelError: missing, not a model file, or a whole pickled module and `unsafe` is False.
     """
     file = Path(path)
+    if unsafe:
+        import_from_here()
     if not file.is_file():
         raise ModelError(f"{file}: no such file")
     if file.suffix == ".safetensors":

@@ -108,7 +108,7 @@ class ReportCard:
 
 
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """Rows of the card: a name, and a text per column; figures with half the width of their interval."""
+    """Rows of the card: a name, and a text per column; figures with their interval."""
     present = [name for name in COLUMNS if report[name] is not None]
     rows: list[tuple[str, dict[str, str]]] = []
     for metric in METRICS.names:

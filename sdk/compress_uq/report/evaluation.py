@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress_uq.cost import interleaved_milliseconds, measure_cost
+from compress_uq.cost import interleaved_milliseconds, measure_cost, on_device
 from compress_uq.data import ImageDataset, Splits, check_labels
 from compress_uq.errors import ArtifactError
 from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy
@@ -92,35 +93,35 @@ def evaluate(
         ModelError: the model does not run on these images.
     """
     test = splits.require("test", "evaluate")
-    predictor: Callable[[Tensor], Prediction]
     if isinstance(model, str | os.PathLike):
         model = OnnxPredictor(model)
-    if isinstance(model, OnnxPredictor):
-        onnx = model
-        predictor, cost, labels = lambda images: onnx(images.numpy()), _onnx_cost(onnx), onnx.metadata.get("labels")
-        target = torch.device("cpu")
-    else:
-        uncertain = _as_uncertain(model, splits)
-        target = resolve_device(device)
-        uncertain.to(target)
-        predictor, cost, labels = uncertain, _torch_cost(uncertain), uncertain.origin.labels
+    predictor: Callable[[Tensor], Prediction]
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, OnnxPredictor):
+            predictor, cost, labels = _of_file(model), _onnx_cost(model), model.metadata.get("labels")
+            target = torch.device("cpu")
+        else:
+            uncertain = _as_uncertain(model, splits)
+            predictor, cost, labels = uncertain, _torch_cost(uncertain), uncertain.origin.labels
+            target = resolve_device(device)
+            stack.enter_context(on_device(uncertain, target))
 
-    def answers(dataset: ImageDataset, what: str) -> tuple[Prediction, np.ndarray]:
-        fields, truth = collect(
-            predictor,
-            dataset,
-            device=target,
-            batch_size=batch_size,
-            workers=workers,
-            progress=progress,
-            stage=f"{stage}: {what}",
-        )
-        return Prediction(*fields), truth
+        def answers(dataset: ImageDataset, what: str) -> tuple[Prediction, np.ndarray]:
+            fields, truth = collect(
+                predictor,
+                dataset,
+                device=target,
+                batch_size=batch_size,
+                workers=workers,
+                progress=progress,
+                stage=f"{stage}: {what}",
+            )
+            return Prediction(*fields), truth
 
-    prediction, truth = answers(test, "test")
+        prediction, truth = answers(test, "test")
+        scores = {name: answers(dataset, name)[0].ood_score for name, dataset in splits.ood.items()}
     classes = prediction.probabilities.shape[1]
     check_labels(torch.from_numpy(truth), classes)
-    scores = {name: answers(dataset, name)[0].ood_score for name, dataset in splits.ood.items()}
     metrics = classification_figures(prediction.probabilities, truth, prediction.uncertainty)
     ood = {name: ood_figures(prediction.ood_score, score) for name, score in scores.items()}
     if ood:
@@ -146,6 +147,16 @@ def onnx_milliseconds(files: Mapping[str, bytes | Path], shape: tuple[int, ...])
 
 def _run(made: Any, images: np.ndarray) -> Callable[[], object]:
     return lambda: made.run(None, {"images": images})
+
+
+def _of_file(onnx: OnnxPredictor) -> Callable[[Tensor], Prediction]:
+    """A file that takes seeds gets the same one for every image, so that a figure can be measured again."""
+
+    def predict(images: Tensor) -> Prediction:
+        seed = np.zeros(len(images), np.int64) if onnx.seeded else None
+        return onnx(images.numpy(), seed)
+
+    return predict
 
 
 def _as_uncertain(model: ModelOrResult, splits: Splits) -> UncertainModel:

@@ -165,6 +165,8 @@ class SampledDropout(Members):
         generator = torch.Generator().manual_seed(seed)
         if masks is None:
             masks = [stratified_masks(members, site.shape, site.p, generator) for site in sites]
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        masks = [mask.to(device) for mask in masks]
         self.masked = nn.ModuleList(
             _Masked(site, members, salt, first=salt == 0 and fold is None, masks=mask)
             for salt, (site, mask) in enumerate(zip(self.sites, masks, strict=True))

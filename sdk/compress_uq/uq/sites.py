@@ -86,7 +86,7 @@ def find_sites(model: nn.Module, example: Tensor, p: float | None) -> tuple[Site
     names = [name for name in _block_ends(model) if name in trace.order and trace.order[name] < trace.order[head]]
     if not names:
         names = [n for n in _stem_ends(model, trace) if trace.order[n] < trace.order[head]]
-    sites = [_site_at(model, name, p, trace) for name in names if len(trace.shapes[name]) >= 2]
+    sites = [_site_at(model, name, p, trace) for name in names]
     if not sites:
         raise UncertaintyError(
             "no place for dropout was found before the classifier: name modules with --dropout-at (at=), "
