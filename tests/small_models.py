@@ -139,3 +139,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
                 module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1)
     return model.eval()
+
+
+def no_model() -> dict:
+    return {}

@@ -218,7 +218,7 @@ def test_train_and_evaluate_a_state_dict(command, tmp_path):
     line = ["evaluate", "s.pt", "--arch", "compress-uq:mlp", "--arch-option", "widths=32,16", "--data", "digits"]
     code, out, _ = command(*line, "--mean", "0.305", "--std", "0.376", "--json")
     assert json.loads(out)["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
-    assert command("prune", "m.pt", "--sparsity", 0.5, "--epochs", 1)[0] == 0
+    assert command("prune", "m.pt", "--sparsity", 0.5, "--epochs", 1, "--sampling-budget", 3)[0] == 0
 
 
 def test_a_callers_own_model_and_data(user_code, tmp_path):
@@ -259,7 +259,7 @@ PRUNE = ["prune", "m.pt", "--arch", "user_code:net", "--data", "user_code:splits
         ([*PRUNE, "--sparsity", "0.5", "--criterion", "l11"], "unknown criterion 'l11': did you mean 'l1'"),
         ([*PRUNE, "--sparsity", "0.5", "--uq", "mcdropout"], "did you mean 'mc-dropout'"),
         ([*PRUNE, "--sparsity", "0.5", "--calibration", "temprature"], "did you mean 'temperature'"),
-        ([*PRUNE, "--sparsity", "0.5", "--augment", "flop"], "did you mean 'flip'"),
+        ([*PRUNE, "--sparsity", "0.5", "--augment", "flop", "--sampling-budget", "3"], "did you mean 'flip'"),
         (["prune", "m.pt", "--arch", "user_code:net", "--data", "cifar-10", "--sparsity", "0.5"], "did you mean 'cifar10'"),
         ([*PRUNE, "--sparsity", "0"], "sparsity=0.0"),
         ([*PRUNE, "--sparsity", "1"], "sparsity=1.0"),
@@ -272,7 +272,7 @@ PRUNE = ["prune", "m.pt", "--arch", "user_code:net", "--data", "user_code:splits
         ([*PRUNE, "--sparsity", "0.5", "--dropout", "1"], "p=1.0"),
         ([*PRUNE, "--sparsity", "0.5", "--dropout-at", "conv9"], "conv9"),
         ([*PRUNE, "--sparsity", "0.5", "--epochs", "-1"], "epochs=-1"),
-        ([*PRUNE, "--sparsity", "0.5", "--device", "cuda:77"], "cuda:77"),
+        ([*PRUNE, "--sparsity", "0.5", "--device", "cuda:77", "--sampling-budget", "3"], "cuda:77"),
         ([*PRUNE, "--sparsity", "0.5", "--require", "ece=3"], "ece=3"),
         ([*PRUNE, "--sparsity", "0.5", "--mean", "a,b"], "--mean 'a,b'"),
         ([*PRUNE, "--sparsity", "0.5", "--config", "none.toml"], "none.toml"),
@@ -358,13 +358,13 @@ def test_ctrl_c_from_outside(checkpoint, tmp_path):
     import signal
 
     line = [sys.executable, "-m", "compress_uq_cli", "prune", str(checkpoint), "--sparsity", "0.5", "--epochs", "5000"]
-    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    for text in process.stderr:
-        if text.startswith("fine-tuning"):
-            break
-    process.send_signal(signal.SIGINT)
-    err = process.stderr.read()
-    assert process.wait(60) == 130
+    with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for text in process.stderr:
+            if text.startswith("fine-tuning"):
+                break
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+        assert process.wait(60) == 130
     assert "interrupted" in err
     assert not list(tmp_path.iterdir())
 

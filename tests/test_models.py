@@ -169,7 +169,7 @@ def test_damaged_weights_and_files(tmp_path):
         ("small_models:nothing", ModelError, "nothing"),
         ("small_models:PRUNABLE", ModelError, "expected a callable"),
         ("small_models:own", ModelError, "cannot be built"),
-        ("builtins:dict", ModelError, "expected a torch.nn.Module"),
+        ("small_models:no_model", ModelError, "expected a torch.nn.Module"),
     ],
 )
 def test_references_that_build_nothing(arch, error, message):

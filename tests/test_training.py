@@ -55,7 +55,7 @@ def test_no_epochs_change_nothing(train):
     assert result.history == ()
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -71,10 +71,10 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(train, tmp_path):
 
     def interrupt(event: Progress):
         if event.step > 9:  # in the third epoch of four steps
-            raise Stop
+            raise StopError
 
     file = tmp_path / "state.pt"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(network(), teacher=teacher, checkpoint=file, progress=interrupt)
     steps = []
     resumed = run(network(), teacher=teacher, checkpoint=file, progress=lambda e: steps.append(e.step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = app(args=arguments, standalone_mode=False)
     except typer.TyperException as error:
         if error.format_message():
-            complain(error.format_message())
+            complain(_with_value(error.format_message(), sys.argv[1:] if arguments is None else arguments))
         return 2
     except cuq.errors.RequirementNotMetError as error:
         complain(str(error))
@@ -56,13 +57,22 @@ def main(arguments: list[str] | None = None) -> int:
         complain(str(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        complain("interrupted; no output was written, nothing is half-written")
-        return 130
+        code = 130
     except Exception:
         traceback.print_exc()
         complain("this is a fault of compress-uq, not of your input: please report it with the lines above")
         return 3
+    if code == 130:
+        complain("interrupted; no output was written, nothing is half-written")
     return code if isinstance(code, int) else 0
+
+
+def _with_value(message: str, arguments: list[str]) -> str:
+    """A usage error with what was given, where the message names only the option."""
+    option = re.search(r"'(--[\w-]+)'", message)
+    if option is None or option[1] not in arguments[:-1]:
+        return message
+    return f"{message} (given: {option[1]} {arguments[arguments.index(option[1]) + 1]})"
 
 
 def run() -> None:

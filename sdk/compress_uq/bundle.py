@@ -76,6 +76,11 @@ class Bundle:
         return self.uncertain
 
     @property
+    def origin(self) -> Origin:
+        """What a stage needs to know of the model; see `model`."""
+        return self.model.origin
+
+    @property
     def report(self) -> ReportCard | LoadedCard:
         """The report card; `.to_json()` and `.to_markdown()` on any bundle."""
         return self.card if self.card is not None else LoadedCard(self.report_json)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import TrainingConfig
 from compress_uq.cost import on_device
-from compress_uq.data import Augmentation, Splits, check_labels
+from compress_uq.data import AUGMENTATIONS, Augmentation, Splits, check_labels
 from compress_uq.errors import CalibrationError, InputError, UncertaintyError, UnknownNameError
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
@@ -69,7 +69,8 @@ def training_config(base: TrainingConfig | None, options: TrainingOptions) -> tu
     """The configuration with the options laid over it, and the augmentation, which may be a function.
 
     Raises:
-        UnknownNameError: an option that is not a field; names the nearest.
+        UnknownNameError: an option that is not a field, or an unknown augmentation; names the nearest.
+        InputError: a device that is not there.
     """
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     for name in options:
@@ -78,10 +79,13 @@ def training_config(base: TrainingConfig | None, options: TrainingOptions) -> tu
     values: dict[str, Any] = dict(options)
     function = values.pop("augment", None)
     config = replace(base or TrainingConfig(), **values)
+    resolve_device(config.device)
     if callable(function):
         return replace(config, augment=getattr(function, "__name__", "function")), function
     if function is not None:
         config = replace(config, augment=function)
+    if config.augment != "auto":
+        AUGMENTATIONS[config.augment]  # an unknown name is refused before any work
     return config, config.augment
 
 

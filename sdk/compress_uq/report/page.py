@@ -115,7 +115,7 @@ def _reliability(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
             axis.annotate(f"{100 * s:.0f}%", (x, min(y + 0.02, 0.97)), ha="center", fontsize=6)
         axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=f"{name}, ECE {bins.ece:.4f}")
     axes[0].set_ylabel("accuracy")
-    axes[0].legend(loc="upper left", fontsize=8)
+    axes[0].legend(loc="upper center", bbox_to_anchor=(1.05, -0.13), ncol=2, fontsize=8, frameon=False)
     return figure
 
 
