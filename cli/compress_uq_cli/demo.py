@@ -11,7 +11,10 @@ from compress_uq_cli.console import note
 
 __all__ = ["demo"]
 
-_TRAIN = "compress-uq train --arch compress-uq:cnn --data digits --epochs 12 --out model.pt --overwrite"
+_TRAIN = (
+    "compress-uq train --arch compress-uq:cnn --arch-option widths=32,64 --data digits "
+    "--epochs 3 --lr 0.02 --out model.pt --overwrite"
+)
 _PRUNE = "compress-uq prune model.pt --sparsity 0.6 --uq mc-dropout"
 
 
