@@ -40,7 +40,7 @@ from compress_uq.steps import (
     training_config,
 )
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, MCDropout, Method
+from compress_uq.uq import MSP, Method
 
 __all__ = ["CompressionPlan", "compress", "plan_compression"]
 
@@ -181,8 +181,8 @@ def compress(
         # The dense model given the same fine-tuning and uncertainty, if it was asked for.
         control_evaluation = None
         if control:
-            same = _same_sites(method, tuned)
-            beside = tune(_Bare(dense, origin), same, "control")
+            # It drops where the compressed model does, whatever that costs on the dense one.
+            beside = tune(_Bare(dense, origin), method.as_prepared(tuned.model), "control")
             control_model = calibrated(fit_uncertainty(beside, splits), "control")
             control_evaluation = _with_cost(
                 evaluate(control_model, splits, device=config.device, progress=progress, stage="control"),
@@ -291,13 +291,6 @@ def _export_dense(plain: UncertainModel, files: Mapping[str, Path]) -> list[str]
     except GateError as error:
         return [f"the dense model could not be timed in ONNX Runtime: {error}"]
     return []
-
-
-def _same_sites(method: Method, tuned: FinetuneResult) -> Method:
-    """The control drops where the compressed model does, whatever that costs on the dense one."""
-    if not isinstance(method, MCDropout):
-        return method
-    return replace(method, at=tuple(site.module for site in tuned.model.sites))  # type: ignore[union-attr]
 
 
 def _with_cost(

@@ -22,7 +22,7 @@ from compress_uq.progress import ProgressCallback, silent
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.training import Epoch, fit_network, resolve_device
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import METHODS, DropoutNetwork, Method
+from compress_uq.uq import METHODS, Method
 
 __all__ = [
     "FinetuneResult",
@@ -176,7 +176,7 @@ def fit_uncertainty(
         raise UncertaintyError(f"no uncertainty method is known: pass method=, one of {', '.join(METHODS.names)}")
     chosen = known if method is None else resolve_method(method)
     assert chosen is not None
-    if chosen.trains_differently and not isinstance(given, DropoutNetwork):
+    if not chosen.is_prepared(given):
         warnings.warn(
             f"{chosen.name} is inserted into a model that was not trained with it: pass method= to finetune for "
             "better accuracy and uncertainty",

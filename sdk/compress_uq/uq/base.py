@@ -20,12 +20,18 @@ class Method(ABC):
     """The configuration of a method; it acts before fine-tuning (`prepare`) and after it (`fit`)."""
 
     name: ClassVar[str]
-    trains_differently: ClassVar[bool] = False
-    """True where `prepare` changes how the model is trained."""
 
     @abstractmethod
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
         """A copy of the model as it has to be fine-tuned."""
+
+    def is_prepared(self, model: nn.Module) -> bool:
+        """False for a model that `prepare` would have changed before it was trained."""
+        return True
+
+    def as_prepared(self, model: nn.Module) -> Method:
+        """The same method with every choice made as `prepare` made it for this model."""
+        return self
 
     @abstractmethod
     def fit(self, model: nn.Module, origin: Origin) -> Members:

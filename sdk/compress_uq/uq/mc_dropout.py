@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,6 @@ class MCDropout(Method):
     seed: int = 0
 
     name = "mc-dropout"
-    trains_differently = True
 
     def __post_init__(self) -> None:
         if self.p is not None and not 0 < self.p < 1:
@@ -79,6 +78,15 @@ class MCDropout(Method):
             UncertaintyError: no place for dropout, or none within the budget.
         """
         return DropoutNetwork(copy.deepcopy(model), self.plan(model, origin).sites)
+
+    def is_prepared(self, model: nn.Module) -> bool:
+        """True for a network that has its dropout."""
+        return isinstance(model, DropoutNetwork)
+
+    def as_prepared(self, model: nn.Module) -> Method:
+        """The same at exactly the sites of a prepared network, whatever they cost elsewhere."""
+        assert isinstance(model, DropoutNetwork)
+        return replace(self, at=tuple(site.module for site in model.sites))
 
     def fit(self, model: nn.Module, origin: Origin) -> Members:
         """T members of a network that `prepare` made, or of a plain one."""
