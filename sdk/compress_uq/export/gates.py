@@ -23,6 +23,9 @@ __all__ = ["GATES", "TOLERANCE", "GateInput", "check_graph"]
 TOLERANCE = 1e-4
 """Largest difference of a probability between two ways of running one graph."""
 
+_ROUNDING = 1e-13
+"""Variance that float32 leaves among equal members: the square of a rounding error of a probability."""
+
 # Operators of the default domain that, at opset 18, have a kernel in ONNX Runtime's CUDA provider and stand on
 # TensorRT's list. Control flow, Dropout and the random operators are left out on purpose.
 _PORTABLE = frozenset(
@@ -175,7 +178,7 @@ def _members(given: GateInput) -> str:
     place = OUTPUT_NAMES.index("variance")
     answers = given.optimised(given.feed)
     got = float(answers[place].max())
-    if got <= 0:
+    if got <= _ROUNDING:
         raise GateError(f"gate 'members': the {given.members} members are all alike: nothing is sampled")
     wanted = got if given.expected is None else float(given.expected[place].max())
     if not 0.3 * wanted <= got <= 3 * max(wanted, 1e-30):
