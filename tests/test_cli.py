@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -355,10 +357,10 @@ def test_ctrl_c_leaves_nothing(command, checkpoint, tmp_path, monkeypatch):
 
 def test_ctrl_c_from_outside(checkpoint, tmp_path):
     """A real signal to a real process in the middle of its training."""
-    import signal
-
     line = [sys.executable, "-m", "compress_uq_cli", "prune", str(checkpoint), "--sparsity", "0.5", "--epochs", "5000"]
-    with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    # A test run started in the background ignores the signal, and its children would too.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         for text in process.stderr:
             if text.startswith("fine-tuning"):
                 break
