@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -277,11 +276,3 @@ def _json(content: Mapping[str, Any]) -> bytes:
 def _versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "torch-pruning", "onnx", "onnxscript", "safetensors", "numpy")
     return {"compress-uq": __version__, **{name: metadata.version(name) for name in packages}}
-
-
-def temporary_onnx(model: UncertainModel, recipe: Mapping[str, Any] | None = None) -> bytes:
-    """The exported, gated file of a model, as bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(model, path, recipe_hash=None if recipe is None else recipe_hash(recipe))
-        return path.read_bytes()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 from torch import nn
 
 from compress_uq._version import __version__
@@ -24,7 +23,7 @@ from compress_uq.data import Splits, identical_images
 from compress_uq.errors import CalibrationError, DataError, GateError, ModelError
 from compress_uq.export import export_onnx
 from compress_uq.metrics import random_ause
-from compress_uq.models import Architecture
+from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, prune
@@ -77,7 +76,7 @@ def plan_compression(
     splits.require("test", "the report card")
     if CALIBRATORS[calibration].name != "none":
         splits.require("calibration", f"calibration {calibration!r}")
-    _refuse_non_finite(dense)
+    refuse_non_finite(dense, "the model")
     pruned = prune(dense, splits.example(), sparsity=sparsity, criterion=criterion, round_to=round_to)
     described = method.describe(pruned.model, pruned.origin)
     warnings = list(splits.info.notes)
@@ -344,9 +343,3 @@ def _two_shares(right: int, count: int, other_right: int, other_count: int) -> f
     pooled = (right + other_right) / (count + other_count)
     spread = math.sqrt(pooled * (1 - pooled) * (1 / count + 1 / other_count))
     return 0.0 if spread == 0 else (right / count - other_right / other_count) / spread
-
-
-def _refuse_non_finite(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name} holds NaN or infinite values: the weights are damaged")

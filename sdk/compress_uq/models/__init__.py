@@ -8,6 +8,7 @@ from compress_uq.models.files import (
     load_model,
     open_model_file,
     read_checkpoint,
+    refuse_non_finite,
     save_model,
 )
 from compress_uq.models.layers import ChannelSelect
@@ -26,5 +27,6 @@ __all__ = [
     "load_model",
     "open_model_file",
     "read_checkpoint",
+    "refuse_non_finite",
     "save_model",
 ]

@@ -114,7 +114,7 @@ class ModelFile:
         else:
             model = reference.build()
             _fit(model, self.state, self.path, reference.reference)
-        _refuse_non_finite(model, self.path)
+        refuse_non_finite(model, self.path)
         return Checkpoint(
             model.eval(),
             reference,
@@ -306,7 +306,12 @@ def _nearest_shape(tensor: Tensor, state: Mapping[str, Tensor]) -> str:
     return f" (which starts with {first} {tuple(state[first].shape)})"
 
 
-def _refuse_non_finite(model: nn.Module, file: Path) -> None:
+def refuse_non_finite(model: nn.Module, name_of_model: str | Path) -> None:
+    """Refuse damaged weights.
+
+    Raises:
+        ModelError: a tensor holds NaN or infinity; names it.
+    """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{file}: {name} holds NaN or infinite values: the weights are damaged")
+            raise ModelError(f"{name_of_model}: {name} holds NaN or infinite values: the weights are damaged")
