@@ -24,8 +24,11 @@ LAYERS = [
     {"pruning", "uq", "calibration"},
     {"uncertain", "structure"},
     {"steps", "report", "export"},
-    {"bundle", "catalogue"},
+    {"shrinking", "held_out"},
+    {"search"},
+    {"bundle", "catalogue", "inputs"},
     {"verification", "pipeline"},
+    {"study"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 DOORS = {
@@ -36,7 +39,7 @@ DOORS = {
     "onnxscript": {"export"},
     "typer": set(),
     "rich": set(),
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "study"},
     "timm": {"models"},
 }
 

@@ -9,9 +9,9 @@ from torch import nn
 import compress_uq as cuq
 from compress_uq.errors import InputError, ModelError, PruningError, UnknownNameError
 from compress_uq.models import ChannelSelect, as_logits
-from compress_uq.pruning import kept_channels
+from compress_uq.pruning import Evidence, kept_channels
 from compress_uq.pruning.graph import dependency_groups
-from compress_uq.pruning.l1 import l1
+from compress_uq.pruning.l1 import L1
 from small_models import PRUNABLE, DictOutput, OneLogit, TupleOutput, own, randomise
 
 TABLE_1 = {
@@ -93,13 +93,17 @@ def test_pruned_models_train_and_keep_their_classes(name):
     assert result.after.parameters < result.before.parameters
 
 
+def scores(criterion, groups, model):
+    return criterion.scores(groups, Evidence(model, torch.zeros(1)))
+
+
 def test_l1_of_one_layer_orders_by_the_norm_of_the_filters():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
     with torch.no_grad():
         for channel, size in enumerate((3.0, 1.0, 4.0, 2.0)):
             model[0].weight[channel] = size
     (group,) = dependency_groups(model, torch.randn(1, 1, 8, 8))
-    assert l1(group).tolist() == pytest.approx([1.2, 0.4, 1.6, 0.8])
+    assert scores(L1(), [group], model)[0].tolist() == pytest.approx([1.2, 0.4, 1.6, 0.8])
     result = cuq.prune(model, torch.randn(1, 1, 8, 8), sparsity=0.5, round_to=1)
     assert result.layers[0].removed == (1, 3)
 
@@ -109,7 +113,8 @@ def test_l1_of_coupled_layers_equals_torch_pruning():
 
     model = randomise(own("resnet18"))
     example = torch.randn(1, 3, 32, 32)
-    ours = {group.name: l1(group) for group in dependency_groups(copy.deepcopy(model), example)}
+    groups = dependency_groups(copy.deepcopy(model), example)
+    ours = {g.name: s for g, s in zip(groups, scores(L1(), groups, model), strict=True)}
     graph = tp.DependencyGraph().build_dependency(model, example)
     compared = 0
     for group in graph.get_all_groups(ignored_layers=[model.linear], root_module_types=[nn.Conv2d]):

@@ -138,7 +138,7 @@ def test_a_last_batch_of_one_image_does_not_break_batch_norm(train):
     cuq.finetune(own("cnn", (1, 8, 8), widths=(8,)), cuq.Splits(train=odd), epochs=1, batch_size=64)
 
 
-@pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"optimizer": "adam", "lr": 0.001}, {"workers": 1}])
+@pytest.mark.parametrize("options", [{"lr_schedule": "cosine"}, {"optimizer": "adam", "lr": 0.001}, {"workers": 1}])
 def test_other_settings_train_too(train, options):
     history = cuq.finetune(network(), cuq.Splits(train=train), epochs=3, **options).history
     assert history[-1].loss < history[0].loss
@@ -161,7 +161,7 @@ def test_what_cannot_be_trained(train):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("epochs", -1), ("lr", 0), ("lr", float("nan")), ("batch_size", 0), ("workers", -1), ("schedule", "linear"),
+        ("epochs", -1), ("lr", 0), ("lr", float("nan")), ("batch_size", 0), ("workers", -1), ("lr_schedule", "linear"),
         ("optimizer", "sdg"), ("class_weights", "balance"), ("class_weights", (0.0, 0.0)), ("distillation_weight", 2),
         ("distillation_temperature", 0), ("weight_decay", -1),
     ],

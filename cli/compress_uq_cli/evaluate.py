@@ -10,7 +10,6 @@ import typer
 import compress_uq as cuq
 from compress_uq_cli import options as o
 from compress_uq_cli.console import print_json, progress, show_table
-from compress_uq_cli.inputs import open_model_and_data
 
 __all__ = ["evaluate"]
 
@@ -42,7 +41,7 @@ def evaluate(
         model = cuq.OnnxPredictor(onnx)
         splits = _splits_of_onnx(model, data, where, normalisation)
     else:
-        opened = open_model_and_data(
+        opened = cuq.open_model_and_data(
             artifact,
             arch=arch,
             options=o.arch_options(arch_option),

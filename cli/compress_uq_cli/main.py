@@ -10,7 +10,7 @@ import traceback
 import typer
 
 import compress_uq as cuq
-from compress_uq_cli import demo, evaluate, export, methods, predict, prune, train, verify
+from compress_uq_cli import demo, evaluate, export, methods, predict, prune, study, train, verify
 from compress_uq_cli.console import complain
 
 __all__ = ["app", "main", "run"]
@@ -29,6 +29,7 @@ app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("predict")(predict.predict)
 app.command("methods")(methods.methods)
+app.command("study")(study.study)
 app.command("demo")(demo.demo)
 
 
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         complain("this is a fault of compress-uq, not of your input: please report it with the lines above")
         return 3
     if code == 130:
-        complain("interrupted; no output was written, nothing is half-written")
+        complain("interrupted; nothing is half-written")
     return code if isinstance(code, int) else 0
 
 

@@ -42,7 +42,7 @@ UnsafeLoad = Annotated[
 ]
 
 
-_REPEATED = frozenset({"ood", "require", "arch_option"})
+_REPEATED = frozenset({"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option"})
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -91,6 +91,21 @@ def numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise cuq.InputError(f"{option} {text!r}: expected numbers separated by commas") from error
+
+
+def pairs(given: list[str] | None, option: str) -> dict[str, str]:
+    """`KEY=VALUE` pairs, the values as they are.
+
+    Raises:
+        InputError: not a pair.
+    """
+    found = {}
+    for text in given or ():
+        key, separator, value = text.partition("=")
+        if not (key and separator and value):
+            raise cuq.InputError(f"{option} {text!r}: expected KEY=VALUE")
+        found[key.replace("-", "_")] = value
+    return found
 
 
 def arch_options(pairs: list[str] | None) -> dict[str, Any]:

@@ -12,15 +12,36 @@ import typer
 import compress_uq as cuq
 from compress_uq_cli import options as o
 from compress_uq_cli.console import console, note, print_json, progress, show_table
-from compress_uq_cli.inputs import open_model_and_data
 
 __all__ = ["prune", "show_card"]
 
 
 def prune(
     model: Annotated[Path, typer.Argument(help="Checkpoint, state dict (with --arch) or, unsafely, a pickled model.")],
-    sparsity: Annotated[float, typer.Option(help="Share of each layer's channels to remove, above 0 and below 1.")],
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Share of each layer's channels to remove, above 0 and below 1; or PATTERN=SHARE,..."),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What may be kept of the dense model: macs=, params= or latency= a share.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="In place of a size: a bound such as 'accuracy_drop<=0.01', on held-out images; repeatable."),
+    ] = None,
     criterion: Annotated[str, typer.Option(help="Which channels go; see `methods`.")] = "l1",
+    criterion_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the criterion; repeatable.")] = None,
+    scope: Annotated[
+        str, typer.Option(help="layer: the same share everywhere; global: the least of all layers.")
+    ] = "layer",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Layers that lose nothing: a name, pattern or type; repeatable.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="one-shot, iterative or lottery.")] = "one-shot",
+    schedule_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the schedule; repeatable.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="The model before its training, for lottery; else drawn from a recorded seed.")
+    ] = None,
     round_to: Annotated[int, typer.Option(help="Channels kept are a multiple of this.")] = 8,
     uq: Annotated[str, typer.Option(help="Uncertainty method; see `methods`.")] = "mc-dropout",
     samples: Annotated[int | None, typer.Option(help="Members per prediction, at least 1.")] = None,
@@ -63,10 +84,12 @@ def prune(
     unsafe_load: o.UnsafeLoad = False,
 ) -> None:
     """Prune, fine-tune, calibrate and bundle a trained classifier, its report card and a verified model.onnx."""
-    target = out or Path(f"{model.stem}-compressed")
+    destination = out or Path(f"{model.stem}-compressed")
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
-    cuq.Bundle.refuse_existing(target, overwrite=overwrite or dry_run)
-    method = _method(uq, o.given(samples=samples, sampling_budget=sampling_budget, p=dropout, at=dropout_at, seed=seed))
+    cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
+    method = _method(
+        uq, o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed)
+    )
     training = cuq.TrainingConfig(
         **o.given(
             epochs=epochs,
@@ -79,7 +102,7 @@ def prune(
             device=device,
         )
     )
-    opened = open_model_and_data(
+    opened = cuq.open_model_and_data(
         model,
         arch=arch,
         options=o.arch_options(arch_option),
@@ -91,18 +114,27 @@ def prune(
         ood=ood or (),
         unsafe=unsafe_load,
     )
+    planned = cuq.pruning.configured_schedule(schedule, o.pairs(schedule_option, "--schedule-option"))
     what: dict[str, Any] = {
         "sparsity": sparsity,
-        "criterion": criterion,
+        "target": target,
+        "criterion": cuq.pruning.configured_criterion(criterion, o.pairs(criterion_option, "--criterion-option")),
+        "scope": scope,
         "round_to": round_to,
+        "keep": tuple(keep or ()),
+        "schedule": planned,
+        "initial": cuq.initial_model(initial, opened.checkpoint, planned),
         "uq": method,
         "calibration": calibration,
     }
-    plan = cuq.plan_compression(opened.checkpoint.model, opened.splits, **what)
+    with progress() as callback:
+        plan = cuq.plan_compression(
+            opened.checkpoint.model, opened.splits, training=training, budget=budget or (), progress=callback, **what
+        )
     _show_plan(plan, training, opened.splits)
     if dry_run:
         return
-    work_dir = target.parent / f".{target.name}.training" if resume else None
+    work_dir = destination.parent / f".{destination.name}.training" if resume else None
     if work_dir is not None:
         work_dir.mkdir(parents=True, exist_ok=True)
     with progress() as callback:
@@ -112,21 +144,22 @@ def prune(
             training=training,
             arch=opened.checkpoint.architecture,
             control=control,
+            plan=plan,
             progress=callback,
             work_dir=work_dir,
             **what,
         )
-        bundle.save(target, overwrite=overwrite)
+        bundle.save(destination, overwrite=overwrite)
     if work_dir is not None:
         shutil.rmtree(work_dir)
     show_card(bundle.report.to_json())
-    note(f"The bundle is in {target}/: model.onnx, report.html and the rest.")
+    note(f"The bundle is in {destination}/: model.onnx, report.html and the rest.")
     if json:
         print_json(bundle.report.to_json())
     unmet = bundle.card.unmet(requirements) if bundle.card is not None else []
     if unmet:
         raise cuq.errors.RequirementNotMetError(
-            f"--require is not met: {'; '.join(unmet)} (the bundle is kept in {target})"
+            f"--require is not met: {'; '.join(unmet)} (the bundle is kept in {destination})"
         )
 
 
@@ -140,16 +173,28 @@ def show_card(report: dict[str, Any]) -> None:
 
 
 def _method(name: str, given: dict[str, Any]) -> Any:
-    """A configured method; an option that it does not have is named, or noted where it merely has no effect."""
-    kind = cuq.uq.METHODS[name]
-    fields = kind.__dataclass_fields__
-    ignored = [f"--{option.replace('_', '-')}" for option in given if option not in fields and option != "seed"]
-    if ignored:
-        note(f"note: {name} has no use for {', '.join(ignored)}")
-    values = {option: value for option, value in given.items() if option in fields}
-    if isinstance(values.get("at"), str) and values["at"] != "auto":
-        values["at"] = tuple(values["at"].split(","))
-    return kind(**values)
+    """A configured method; an option that it has no use for is named in a note."""
+    method, unused = cuq.configure_method(name, given)
+    if unused:
+        note(f"note: {name} has no use for {', '.join('--' + option.replace('_', '-') for option in unused)}")
+    return method
+
+
+def _trials(search: cuq.SearchResult) -> list[list[str]]:
+    return [
+        [
+            f"{trial.sparsity:.4f}",
+            f"{trial.parameters_share:.3f}",
+            f"{trial.macs_share:.3f}",
+            *(f"{value:.4f}" for value in trial.measures.values()),
+            "within" if trial.holds else "outside",
+        ]
+        for trial in search.trials
+    ]
+
+
+def _beside_target(pruned: cuq.pruning.PruneResult) -> str:
+    return "" if pruned.target is None else f", {pruned.target.reached:.4f} reached of target {pruned.target.target}"
 
 
 def _show_plan(plan: cuq.pipeline.CompressionPlan, training: cuq.TrainingConfig, splits: cuq.Splits) -> None:
@@ -158,16 +203,24 @@ def _show_plan(plan: cuq.pipeline.CompressionPlan, training: cuq.TrainingConfig,
     rows = [
         ["parameters", f"{before.parameters:,} -> {after.parameters:,}"],
         ["MACs of one pass", f"{before.macs:,} -> {after.macs:,} ({after.macs / before.macs:.2f})"],
-        ["channels removed", f"{plan.pruned.sparsity:.3f} of all prunable"],
+        ["channels removed", f"{plan.pruned.sparsity:.3f} of all prunable{_beside_target(plan.pruned)}"],
         ["uncertainty", f"{described['method']}, {described['samples']} samples"],
     ]
     sites = described.get("sites")
     if isinstance(sites, Sequence):
         rows.append(["dropout after", ", ".join(str(site) for site in sites)])
         rows.append(["cost of a prediction", f"{described['share_of_dense_pass']:.2f} of one dense pass in MACs"])
+    if plan.pruning_share is not None:
+        share = plan.pruning_share
+        rows.append(["pruning while training", f"the first {share:.0%} of the epochs; sizes above are those to come"])
     rows.append(["fine-tuning", f"{training.epochs} epochs, learning rate {training.lr}, batch {training.batch_size}"])
     rows.append(["data", f"{splits.info.name}, mean {splits.info.mean}, std {splits.info.std}"])
     rows.append(["calibration images", plan.calibration])
+    if plan.search is not None:
+        show_table(
+            "Search", ["sparsity", "parameters", "MACs", *plan.search.trials[0].measures, ""], _trials(plan.search)
+        )
+        rows.append(["size", f"sparsity {plan.search.sparsity}, the largest tried within the budget"])
     show_table("Plan", ["", ""], rows)
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)

@@ -57,30 +57,19 @@ def train(
             device=device,
         )
     )
-    whole = cuq.load_splits(
-        data, root=data_root, mean=o.numbers(mean, "--mean"), std=o.numbers(std, "--std"), reserve=False
-    )
-    splits = cuq.hold_out(whole, seed=training.seed)
-    info = splits.info
-    shape = tuple(splits.example().shape[1:])
-    labels = info.labels or tuple(
-        str(k) for k in range(int(cuq.data.labels_of(splits.require("train", "train")).max()) + 1)
-    )
-    architecture = cuq.Architecture(arch, len(labels), shape, o.arch_options(arch_option))
-    model = architecture.build(training.seed)
     with progress() as callback:
-        result = cuq.finetune(model, splits, training=training, progress=callback, stage="training")
+        result, splits = cuq.train_dense(
+            out,
+            arch=arch,
+            data=data,
+            options=o.arch_options(arch_option),
+            root=data_root,
+            mean=o.numbers(mean, "--mean"),
+            std=o.numbers(std, "--std"),
+            training=training,
+            progress=callback,
+        )
         measured = cuq.evaluate(result, splits, progress=callback) if splits.test is not None else None
-    cuq.save_model(
-        result.model,
-        out,
-        arch=architecture,
-        labels=labels,
-        mean=info.mean,
-        std=info.std,
-        data=cuq.models.DataRecord(data, info.fingerprint or "", info.held_out),
-        training={"epochs": training.epochs, "seed": training.seed, "lr": training.lr, "version": cuq.__version__},
-    )
     accuracy = None if measured is None else measured.metrics["accuracy"].value
     shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
     note(f"{out}: {arch} on {data}{shown}")

@@ -11,26 +11,30 @@ from typing import TYPE_CHECKING, Any
 from compress_uq._version import __version__
 
 if TYPE_CHECKING:
-    from compress_uq import calibration, data, errors, metrics, models, pipeline, pruning, report, runtime, uq
+    from compress_uq import calibration, data, errors, metrics, models, pipeline, pruning, report, runtime, study, uq
     from compress_uq.bundle import Bundle, verify_files
     from compress_uq.catalogue import catalogue
     from compress_uq.config import TrainingConfig, from_toml, to_toml
     from compress_uq.data import DataInfo, Splits, hold_out, load_splits
     from compress_uq.errors import CompressUQError, InputError
     from compress_uq.export import export_onnx
+    from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
     from compress_uq.models import Architecture, build_model, load_model, read_checkpoint, save_model
     from compress_uq.pipeline import compress, plan_compression
     from compress_uq.progress import Progress
-    from compress_uq.pruning import prune
+    from compress_uq.pruning import mask_weights, prune, remove_masks
     from compress_uq.report import Evaluation, ReportCard, Requirement, evaluate
     from compress_uq.runtime import OnnxPredictor
+    from compress_uq.search import Budget, SearchResult, Sensitivity, search_sparsity, sensitivity
     from compress_uq.steps import calibrate, finetune, fit_uncertainty, prepare_uncertainty
+    from compress_uq.study import Study, StudyResult, plan_study, read_study, run_study
     from compress_uq.types import Prediction
     from compress_uq.uncertain import UncertainModel
     from compress_uq.verification import verify
 
 _HOME = {
     "Architecture": "models",
+    "Budget": "search",
     "Bundle": "bundle",
     "CompressUQError": "errors",
     "DataInfo": "data",
@@ -41,34 +45,62 @@ _HOME = {
     "Progress": "progress",
     "ReportCard": "report",
     "Requirement": "report",
+    "SearchResult": "search",
+    "Sensitivity": "search",
     "Splits": "data",
+    "Study": "study",
+    "StudyResult": "study",
     "TrainingConfig": "config",
     "UncertainModel": "uncertain",
     "build_model": "models",
     "calibrate": "steps",
     "catalogue": "catalogue",
     "compress": "pipeline",
+    "configure_method": "inputs",
     "evaluate": "report",
     "export_onnx": "export",
     "finetune": "steps",
     "fit_uncertainty": "steps",
     "from_toml": "config",
     "hold_out": "data",
+    "initial_model": "inputs",
     "load_model": "models",
     "load_splits": "data",
+    "mask_weights": "pruning",
+    "open_model_and_data": "inputs",
     "plan_compression": "pipeline",
+    "plan_study": "study",
     "prepare_uncertainty": "steps",
     "prune": "pruning",
     "read_checkpoint": "models",
+    "read_study": "study",
+    "remove_masks": "pruning",
+    "run_study": "study",
     "save_model": "models",
+    "search_sparsity": "search",
+    "sensitivity": "search",
     "to_toml": "config",
+    "train_dense": "inputs",
     "verify": "verification",
     "verify_files": "bundle",
 }
-_MODULES = ("calibration", "data", "errors", "metrics", "models", "pipeline", "pruning", "report", "runtime", "uq")
+_MODULES = (
+    "calibration",
+    "data",
+    "errors",
+    "metrics",
+    "models",
+    "pipeline",
+    "pruning",
+    "report",
+    "runtime",
+    "study",
+    "uq",
+)
 
 __all__ = [
     "Architecture",
+    "Budget",
     "Bundle",
     "CompressUQError",
     "DataInfo",
@@ -79,7 +111,11 @@ __all__ = [
     "Progress",
     "ReportCard",
     "Requirement",
+    "SearchResult",
+    "Sensitivity",
     "Splits",
+    "Study",
+    "StudyResult",
     "TrainingConfig",
     "UncertainModel",
     "__version__",
@@ -88,6 +124,7 @@ __all__ = [
     "calibration",
     "catalogue",
     "compress",
+    "configure_method",
     "data",
     "errors",
     "evaluate",
@@ -96,20 +133,31 @@ __all__ = [
     "fit_uncertainty",
     "from_toml",
     "hold_out",
+    "initial_model",
     "load_model",
     "load_splits",
+    "mask_weights",
     "metrics",
     "models",
+    "open_model_and_data",
     "pipeline",
     "plan_compression",
+    "plan_study",
     "prepare_uncertainty",
     "prune",
     "pruning",
     "read_checkpoint",
+    "read_study",
+    "remove_masks",
     "report",
+    "run_study",
     "runtime",
     "save_model",
+    "search_sparsity",
+    "sensitivity",
+    "study",
     "to_toml",
+    "train_dense",
     "uq",
     "verify",
     "verify_files",

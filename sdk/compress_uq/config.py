@@ -6,12 +6,13 @@ import dataclasses
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from compress_uq.errors import InputError, UnknownNameError
 
-__all__ = ["TrainingConfig", "from_toml", "to_toml"]
+__all__ = ["TrainingConfig", "configured", "from_toml", "to_toml"]
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class TrainingConfig:
     optimizer: str = "sgd"
     """`sgd` (Nesterov momentum 0.9) or `adam`."""
     weight_decay: float = 5e-4
-    schedule: str = "one-cycle"
+    lr_schedule: str = "one-cycle"
     """`one-cycle` (up for a quarter, then down) or `cosine`."""
     augment: str = "auto"
     """A name of `compress-uq methods`, or `auto`: what suits the data set."""
@@ -52,7 +53,7 @@ class TrainingConfig:
         _check("distillation_temperature", temperature, temperature > 0, "above 0")
         _check("workers", self.workers, self.workers >= 0, "0 or more")
         _choice("optimizer", self.optimizer, ("sgd", "adam"))
-        _choice("schedule", self.schedule, ("one-cycle", "cosine"))
+        _choice("lr_schedule", self.lr_schedule, ("one-cycle", "cosine"))
         if isinstance(self.class_weights, str):
             _choice("class_weights", self.class_weights, ("none", "balanced"))
         elif any(not math.isfinite(w) or w < 0 for w in self.class_weights) or not any(self.class_weights):
@@ -67,6 +68,34 @@ def _check(name: str, value: object, holds: bool, expected: str) -> None:
 def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UnknownNameError(name, value, known)
+
+
+def configured(kind: type[T], texts: Mapping[str, str]) -> T:
+    """A dataclass of options from texts, each read as the type of the field's default; commas separate a sequence.
+
+    Raises:
+        UnknownNameError: a name that is not a field; names the nearest.
+        InputError: a text that cannot be read.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        if name not in defaults:
+            raise UnknownNameError(f"option of {getattr(kind, 'name', kind.__name__)}", name, defaults)
+        values[name] = _read(name, text, defaults[name])
+    return kind(**values)
+
+
+def _read(name: str, text: str, default: Any) -> Any:
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(default, int | float):
+            return type(default)(text)
+        parts = text.split(",")
+        return tuple(float(part) for part in parts) if len(parts) > 1 else text
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{name}={text}: expected a {type(default).__name__}, such as {default}") from error
 
 
 def to_toml(config: Any) -> str:

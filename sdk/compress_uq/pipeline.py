@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 from torch import nn
@@ -26,11 +26,12 @@ from compress_uq.metrics import random_ause
 from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.pruning import PruneResult, prune
+from compress_uq.pruning import PruneResult, PruningOptions, prune, pruning_share, resolve_criterion
 from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
+from compress_uq.search import Budget, SearchResult, search_sparsity
+from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.steps import (
-    FinetuneResult,
     TrainingOptions,
     calibrate,
     finetune,
@@ -38,10 +39,15 @@ from compress_uq.steps import (
     resolve_method,
     training_config,
 )
+from compress_uq.training import Epoch
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import MSP, Method
 
 __all__ = ["CompressionPlan", "compress", "plan_compression"]
+
+
+class CompressOptions(PruningOptions, TrainingOptions, total=False):
+    """What `compress` hands on to `prune` and to `finetune`."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +55,59 @@ class CompressionPlan:
     """What a run will do, found out before anything is trained."""
 
     pruned: PruneResult
+    """The pruned model; where pruning itself trains, a stand-in of the same size."""
+    pruning: PruningOptions
+    pruning_share: float | None
+    """Of the epochs, the share that is spent while channels go, the rest being fine-tuning; None where pruning does not
+    train."""
     method: Method
     uncertainty: Mapping[str, object]
     """What the method will do to this model, and the cost of a prediction."""
     calibration: str
     warnings: tuple[str, ...]
+    search: SearchResult | None = None
+    """How the size was found, where a budget decides it."""
 
 
 def plan_compression(
     model: ModelOrResult,
     splits: Splits,
     *,
-    sparsity: float,
-    criterion: str = "l1",
-    round_to: int = 8,
     uq: str | Method = "mc-dropout",
     calibration: str = "temperature",
+    training: TrainingConfig | None = None,
+    budget: Sequence[str | Budget] = (),
+    progress: ProgressCallback = silent,
+    **options: Unpack[CompressOptions],
 ) -> CompressionPlan:
-    """Prune, place the uncertainty method, and check the inputs: all of `compress` that takes seconds.
+    """Prune, place the uncertainty method, and check the inputs: all of `compress` that needs no training.
+
+    With a budget the search for the size, which trains a little, is part of it.
 
     Raises:
         InputError: whatever the stages would refuse.
     """
+    pruning, tuning = _sort(options)
+    config, augment = training_config(training, tuning)
     dense, _ = unpack(model)
     method = resolve_method(uq)
     splits.require("test", "the report card")
     if CALIBRATORS[calibration].name != "none":
         splits.require("calibration", f"calibration {calibration!r}")
     refuse_non_finite(dense, "the model")
-    pruned = prune(dense, splits.example(), sparsity=sparsity, criterion=criterion, round_to=round_to)
+    search = None
+    if budget:
+        search = search_sparsity(
+            model, splits, budget, pruning=pruning, method=method, calibration=calibration, training=config,
+            augment=augment, progress=progress,
+        )  # fmt: skip
+        pruning = {**pruning, "sparsity": search.sparsity}
+    share = pruning_share(pruning)
+    # Where pruning trains, another criterion and a single step give the same sizes at once.
+    outline: PruningOptions = pruning if share is None else {**pruning, **_outline(pruning)}
+    pruned = prune(
+        dense, splits.example(), splits=splits, training=config, seed=config.seed, progress=progress, **outline
+    )
     described = method.describe(pruned.model, pruned.origin)
     warnings = list(splits.info.notes)
     functional = described.get("functional_dropout")
@@ -86,63 +116,58 @@ def plan_compression(
         warnings.append(f"dropout called as a function in {names} is not a site: only dropout modules are sampled")
     for pair, count in identical_images(splits).items():
         warnings.append(f"{count} identical images are in both parts of {pair}")
-    return CompressionPlan(pruned, method, described, splits.info.calibration, tuple(warnings))
+    return CompressionPlan(pruned, pruning, share, method, described, splits.info.calibration, tuple(warnings), search)
 
 
 def compress(
     model: ModelOrResult,
     splits: Splits,
     *,
-    sparsity: float,
-    criterion: str = "l1",
-    round_to: int = 8,
     uq: str | Method = "mc-dropout",
     calibration: str = "temperature",
     training: TrainingConfig | None = None,
+    budget: Sequence[str | Budget] = (),
     arch: str | Architecture | None = None,
     control: bool = False,
+    plan: CompressionPlan | None = None,
     progress: ProgressCallback = silent,
     work_dir: Path | None = None,
-    **options: Unpack[TrainingOptions],
+    **options: Unpack[CompressOptions],
 ) -> Bundle:
     """Prune a trained classifier, fine-tune it, and bundle it with calibrated uncertainty and a report card.
 
     Args:
         model: the trained classifier; it is not changed.
         splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`.
-        sparsity: share of the channels removed from each layer, above 0 and below 1.
-        criterion: which channels go.
-        round_to: channels kept are a multiple of this.
         uq: uncertainty method, a name or configured, such as `MCDropout(p=0.1, samples=20)`.
         calibration: a calibrator's name.
-        training: how to fine-tune; fields of it can be given by name instead.
+        training: how to fine-tune. A criterion or schedule that trains takes its share of these epochs.
+        budget: in place of a size: what the model may lose, such as `accuracy_drop<=0.01`; see `search_sparsity`.
         arch: what builds the dense model, so that a bundle can be rebuilt anywhere.
         control: also fine-tune the dense model in the same way, so that pruning's own effect shows.
+        plan: what `plan_compression` made of the same arguments, so that it is not made again.
         progress: called as the work goes on.
         work_dir: a folder where training keeps its state, to resume from after an interruption.
+        options: what is removed, as `prune` takes it (`sparsity` or `target`, `criterion`, `scope`, `round_to`, `keep`,
+            `schedule`, `initial`), and fields of `TrainingConfig` by name.
 
     Raises:
         InputError: whatever is wrong with the inputs, before anything is trained where it can be told.
     """
-    config, _ = training_config(training, options)
+    _, tuning = _sort(options)
+    config, augment = training_config(training, tuning)
     dense, _ = unpack(model)
     dense_mode = {name: module.training for name, module in dense.named_modules()}
-    plan = plan_compression(
-        model, splits, sparsity=sparsity, criterion=criterion, round_to=round_to, uq=uq, calibration=calibration
-    )
+    if plan is None:
+        plan = plan_compression(
+            model, splits, uq=uq, calibration=calibration, training=training, budget=budget, progress=progress,
+            **options,
+        )  # fmt: skip
     method, origin = plan.method, plan.pruned.origin
     architecture = _architecture(arch, splits, origin)
     if architecture is not None:
         _refuse_misfit(architecture, dense)
     warnings = list(plan.warnings)
-    recipe = _recipe(plan, config, splits, sparsity, criterion, round_to, calibration, architecture)
-
-    def tune(start: ModelOrResult, with_method: Method, stage: str) -> FinetuneResult:
-        saved = None if work_dir is None else work_dir / f"{stage}.pt"
-        return finetune(
-            start, splits, teacher=dense, method=with_method, training=training,
-            progress=progress, stage=stage, checkpoint=saved, **options,
-        )  # fmt: skip
 
     def calibrated(uncertain: UncertainModel, name: str) -> UncertainModel:
         try:
@@ -162,10 +187,14 @@ def compress(
         )
 
         # The compressed model.
-        tuned = tune(plan.pruned, method, "fine-tuning")
+        pruned, tuned = prune_and_finetune(
+            dense, splits, pruning=plan.pruning, method=method, training=config, augment=augment, pruned=plan.pruned,
+            progress=progress, work_dir=work_dir,
+        )  # fmt: skip
+        recipe = _recipe(plan, pruned, config, splits, calibration, architecture)
         uncertain = calibrated(fit_uncertainty(tuned, splits), "compressed")
         evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
-        evaluation = _with_cost(evaluation, training_seconds=sum(epoch.seconds for epoch in tuned.history))
+        evaluation = _with_cost(evaluation, training_seconds=_seconds(pruned.history + tuned.history))
 
         # Its exported file, measured again, and timed beside one dense pass.
         with tempfile.TemporaryDirectory() as folder:
@@ -181,11 +210,15 @@ def compress(
         control_evaluation = None
         if control:
             # It drops where the compressed model does, whatever that costs on the dense one.
-            beside = tune(_Bare(dense, origin), method.as_prepared(tuned.model), "control")
+            beside = finetune(
+                _Bare(dense, origin), splits, teacher=dense, method=method.as_prepared(tuned.model), training=config,
+                progress=progress, stage="control", augment=augment,
+                checkpoint=None if work_dir is None else work_dir / "control.pt",
+            )  # fmt: skip
             control_model = calibrated(fit_uncertainty(beside, splits), "control")
             control_evaluation = _with_cost(
                 evaluate(control_model, splits, device=config.device, progress=progress, stage="control"),
-                training_seconds=sum(epoch.seconds for epoch in beside.history),
+                training_seconds=_seconds(beside.history),
             )
     finally:
         for name, module in dense.named_modules():
@@ -212,13 +245,28 @@ class _Bare:
     origin: Origin
 
 
+def _sort(options: CompressOptions) -> tuple[PruningOptions, TrainingOptions]:
+    """What is for `prune`, and what is for training."""
+    known = PruningOptions.__annotations__
+    pruning = {name: value for name, value in options.items() if name in known}
+    tuning = {name: value for name, value in options.items() if name not in known}
+    return cast(PruningOptions, pruning), cast(TrainingOptions, tuning)
+
+
+def _outline(pruning: PruningOptions) -> PruningOptions:
+    trains = resolve_criterion(pruning.get("criterion", "l1")).trains
+    return {"schedule": "one-shot", "criterion": "l1"} if trains else {"schedule": "one-shot"}
+
+
+def _seconds(history: Sequence[Epoch]) -> float:
+    return sum(epoch.seconds for epoch in history)
+
+
 def _recipe(
     plan: CompressionPlan,
+    pruned: PruneResult,
     config: TrainingConfig,
     splits: Splits,
-    sparsity: float,
-    criterion: str,
-    round_to: int,
     calibration: str,
     architecture: Architecture | None,
 ) -> dict[str, Any]:
@@ -238,11 +286,12 @@ def _recipe(
             "ood": {name: len(dataset) for name, dataset in splits.ood.items()},  # type: ignore[arg-type]
         },
         "pruning": {
-            "sparsity": sparsity,
-            "criterion": criterion,
-            "round_to": round_to,
-            "sparsity_reached": plan.pruned.sparsity,
-            "channels": {layer.name: [layer.before, layer.after] for layer in plan.pruned.layers},
+            **pruned.settings,
+            "sparsity_reached": pruned.sparsity,
+            "target_reached": None if pruned.target is None else pruned.target.reached,
+            "epochs": len(pruned.history),
+            "search": None if plan.search is None else plan.search.to_json(),
+            "channels": {layer.name: [layer.before, layer.after] for layer in pruned.layers},
         },
         "uncertainty": {**plan.uncertainty, "options": vars(plan.method)},
         "calibration": calibration,

@@ -43,7 +43,7 @@ class TrainingOptions(TypedDict, total=False):
     batch_size: int
     optimizer: str
     weight_decay: float
-    schedule: str
+    lr_schedule: str
     augment: str | Augmentation
     class_weights: str | tuple[float, ...]
     distillation_weight: float

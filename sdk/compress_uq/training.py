@@ -25,9 +25,12 @@ from compress_uq.models import as_logits
 from compress_uq.progress import Progress, ProgressCallback, silent
 from compress_uq.storage import write_bytes
 
-__all__ = ["Epoch", "fit_network", "resolve_device"]
+__all__ = ["AfterBackward", "Epoch", "fit_network", "resolve_device"]
 
 _BF16_WORTHWHILE_MACS = 1_000_000
+
+AfterBackward = Callable[[int, int], None]
+"""Called between the backward pass and the optimiser's step with (steps done, steps in all); may change gradients."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def fit_network(
     progress: ProgressCallback = silent,
     stage: str = "training",
     checkpoint: Path | None = None,
+    after_backward: AfterBackward | None = None,
 ) -> tuple[Epoch, ...]:
     """Train `model` in place and leave it in eval mode; the last epoch is kept.
 
@@ -85,6 +89,7 @@ def fit_network(
         progress: called after every batch.
         stage: what progress calls this training.
         checkpoint: file to resume from and to write after every epoch.
+        after_backward: a hand on the gradients of each step.
 
     Raises:
         ModelError: no parameter is trainable, or the loss is not finite.
@@ -112,7 +117,7 @@ def fit_network(
     drop_last = count > config.batch_size and count % config.batch_size == 1  # batch norm cannot train on one image
     steps = count // config.batch_size if drop_last else math.ceil(count / config.batch_size)
     optimizer = _OPTIMIZERS[config.optimizer](parameters, config)
-    schedule = _SCHEDULES[config.schedule](optimizer, config, steps * config.epochs)
+    schedule = _SCHEDULES[config.lr_schedule](optimizer, config, steps * config.epochs)
     loss_of = _Loss(config, _class_weights(config, train, device), teacher)
     history: list[Epoch] = []
     saved = _Resumable(checkpoint, _signature(config, model, teacher), model, optimizer, schedule, generator, history)
@@ -136,6 +141,8 @@ def fit_network(
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                if after_backward is not None:
+                    after_backward(len(history) * steps + step, config.epochs * steps)
                 optimizer.step()
                 schedule.step()
                 total += loss.item() * len(labels)

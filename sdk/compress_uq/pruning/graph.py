@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
-from torch_pruning.pruner import function
 
 from compress_uq.errors import PruningError
-from compress_uq.models import ChannelSelect, as_logits
+from compress_uq.pruning.axes import axis_size, divisions, surgery
+from compress_uq.pruning.blocks import Block, Share, find_blocks
+from compress_uq.pruning.passage import obstacle
+from compress_uq.pruning.refusals import refuse_unprunable
+from compress_uq.pruning.surgery import Cut, Surgeon, cut_parameter
+from compress_uq.pruning.tracing import Trace, trace
 
-__all__ = ["CoupledLayer", "Group", "dependency_groups"]
+__all__ = ["CoupledLayer", "Group", "dependency_groups", "filters"]
 
+_LOG = logging.getLogger(__name__)
 _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_WIDTHS = ("hidden_dim", "embed_dim", "hidden_size", "num_features", "d_model", "dim")
 
 
 @dataclass(frozen=True)
@@ -51,60 +58,42 @@ class Group:
         self._remove(sorted(channels))
 
 
-class _ChannelSelectPruner(function.BasePruningFunc):  # type: ignore[misc]
-    """Each side of a `ChannelSelect` belongs to the stream on that side."""
-
-    TARGET_MODULES = ChannelSelect
-
-    def prune_out_channels(self, layer: ChannelSelect, idxs: Sequence[int]) -> nn.Module:
-        layer.remove_outputs(list(idxs))
-        return layer
-
-    def prune_in_channels(self, layer: ChannelSelect, idxs: Sequence[int]) -> nn.Module:
-        layer.remove_inputs(list(idxs))
-        return layer
-
-    def get_out_channels(self, layer: ChannelSelect) -> int:
-        return layer.out_channels
-
-    def get_in_channels(self, layer: ChannelSelect) -> int:
-        return layer.in_channels
+def filters(module: nn.Module) -> Tensor | None:
+    """Weights (out_channels, the rest) float64 of a convolution or linear layer, on the CPU; None for other layers."""
+    if not isinstance(module, _WEIGHTED):
+        return None
+    weight = module.weight.detach().double().cpu()
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        weight = weight.transpose(0, 1)
+    return weight.flatten(1)
 
 
 def dependency_groups(model: nn.Module, example: Tensor) -> list[Group]:
     """All groups of a model but those that hold its classifier's outputs; the model is in eval mode afterwards.
 
+    Groups that cannot lose channels safely keep them: frozen ones, and those of an operation that the trace does not
+    understand; the log names them.
+
     Raises:
-        PruningError: the model cannot be traced, or every weight is frozen.
+        PruningError: the model cannot be traced, every weight is frozen, or something in it is in the way of pruning:
+            a parametrised or masked layer, a parameter of two layers, a buffer with a value for each channel.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise PruningError(
-            "nothing can be pruned: every parameter is frozen; set requires_grad on the layers that may lose channels"
-        )
-    graph = torch_pruning.DependencyGraph()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                model,
-                example_inputs=example,
-                customized_pruners={ChannelSelect: _ChannelSelectPruner()},
-                output_transform=as_logits,
-            )
-    except PruningError:
-        raise
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError) as error:
-        raise PruningError(
-            f"the model cannot be traced on images of shape {tuple(example.shape[1:])}: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    heads = _classifiers(graph)
-    names = {module: name for name, module in model.named_modules()}
-    found = graph.get_all_groups(ignored_layers=heads, root_module_types=list(_WEIGHTED))
-    return [_group(graph, item, names) for item in found if _trainable(item)]
+    refuse_unprunable(model)
+    blocks = find_blocks(model)
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    traced = trace(model, example, blocks)
+    builder = _Builder(traced, blocks, {module: name for name, module in model.named_modules()}, frozen)
+    heads = _classifiers(traced.graph, blocks)
+    drafts = [builder.draft(items) for items in traced.groups(heads, _WEIGHTED)]
+    drafts += [builder.inner(module, shares) for module, block in blocks.items() for shares in block.inner_groups()]
+    _claim(drafts)
+    for draft in drafts:
+        if draft.obstacle:
+            _LOG.info("%s keeps its channels: %s", draft.name, draft.obstacle)
+    return [draft.group(builder.surgeon) for draft in drafts if not draft.obstacle]
 
 
-def _classifiers(graph: Any) -> list[nn.Module]:
+def _classifiers(graph: Any, blocks: Mapping[nn.Module, Block]) -> list[nn.Module]:
     """The weighted layers from which nothing weighted lies on the way to the output."""
     ends = [node for node in graph.module2node.values() if not node.outputs]
     heads: list[nn.Module] = []
@@ -114,7 +103,7 @@ def _classifiers(graph: Any) -> list[nn.Module]:
         if node in seen:
             continue
         seen.add(node)
-        if isinstance(node.module, _WEIGHTED):
+        if isinstance(node.module, _WEIGHTED) or node.module in blocks:
             heads.append(node.module)
         else:
             ends.extend(node.inputs)
@@ -123,44 +112,183 @@ def _classifiers(graph: Any) -> list[nn.Module]:
     return heads
 
 
-def _trainable(items: Any) -> bool:
-    """A group with a frozen parameter is left alone, as its owner asked."""
-    modules = [dep.target.module for dep, _ in items]
-    return all(p.requires_grad for m in modules if isinstance(m, nn.Module) for p in m.parameters(recurse=False))
+@dataclass
+class _Draft:
+    """A group in the making."""
+
+    name: str
+    channels: int
+    layers: list[CoupledLayer] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    sizes: dict[tuple[int, str], int] = field(default_factory=dict)
+    """How long the axis of each cut is."""
+    divisions: int = 1
+    obstacle: str = ""
+    """Why the group has to keep its channels."""
+    after: list[Callable[[int, int], None]] = field(default_factory=list)
+    """Called with the group's channels before and after a removal."""
+
+    def group(self, surgeon: Surgeon) -> Group:
+        """The finished group."""
+        left = [self.channels]
+
+        def remove(chosen: Sequence[int]) -> None:
+            surgeon.remove(self.cuts, chosen, self.channels)
+            before, left[0] = left[0], left[0] - len(chosen)
+            for adjust in self.after:
+                adjust(before, left[0])
+
+        return Group(self.name, self.channels, tuple(self.layers), self.divisions, remove)
 
 
-def _group(graph: Any, items: Any, names: dict[nn.Module, str]) -> Group:
-    layers = []
-    divisions = 1
-    for item in items:
-        module = item.dep.target.module
-        if module not in names:
-            continue
-        side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-        both = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
-        layers.append(
-            CoupledLayer(
-                names[module],
-                module,
-                "out" if both else side,
-                torch.as_tensor(item.idxs),
-                torch.as_tensor(item.root_idxs),
-            )
+class _Builder:
+    """Translates torch-pruning's groups, and the groups inside blocks, to ours."""
+
+    def __init__(
+        self, traced: Trace, blocks: Mapping[nn.Module, Block], names: Mapping[nn.Module, str], frozen: set[int]
+    ) -> None:
+        self.traced, self.blocks, self.names, self.frozen = traced, blocks, names, frozen
+        self.modules = {name: module for module, name in names.items()}
+        self.surgeon = Surgeon()
+        self.passages: dict[Any, str] = {}
+
+    def draft(self, items: Any) -> _Draft:
+        """From a group of the dependency graph."""
+        draft = _Draft(self.names[items[0].dep.target.module], len(items[0].idxs))
+        for item in items:
+            module = item.dep.target.module
+            outward = self.traced.graph.is_out_channel_pruning_fn(item.dep.handler)
+            indices, channels = torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs)
+            if module in self.traced.loose:
+                self._loose(draft, module, indices, channels)
+            elif module in self.blocks:
+                block = self.blocks[module]
+                width = block.channels[outward]
+                for share in block.shares("out" if outward else "in"):
+                    self._share(draft, module, share, width, indices, channels)
+                for key in block.parameters():
+                    axis = (id(module), key)
+                    draft.cuts.append(Cut(axis, indices, channels, cut_parameter(module, key, 0)))
+                    draft.sizes[axis] = width
+                draft.after.append(partial(_tell_block, block))
+            elif module in self.names:
+                self._layer(draft, self.names[module], module, "out" if outward else "in", indices, channels)
+            elif not draft.obstacle:
+                draft.obstacle = self._passage(item.dep.target)
+        self._sizes_of_parents(draft)
+        return draft
+
+    def _passage(self, node: Any) -> str:
+        if node not in self.passages:
+            self.passages[node] = obstacle(self.traced.graph, node)
+        return self.passages[node]
+
+    def inner(self, module: nn.Module, shares: Sequence[Share]) -> _Draft:
+        """From a group inside a block."""
+        first = module.get_submodule(shares[0].name)
+        width = axis_size(first, "out") or 0
+        draft = _Draft(f"{self.names[module]}.{shares[0].name}", width)
+        for share in shares:
+            self._share(draft, module, share, width, torch.arange(width), torch.arange(width))
+        return draft
+
+    def _share(
+        self, draft: _Draft, block: nn.Module, share: Share, width: int, indices: Tensor, channels: Tensor
+    ) -> None:
+        name = ".".join(filter(None, (self.names[block], share.name)))
+        spread = torch.cat([indices + width * i for i in range(share.repeats)])
+        self._layer(
+            draft, name, self.modules[name], share.side, spread, channels.repeat(share.repeats), cut=share.is_cut
         )
-        divisions = max(divisions, _divisions(module))
-    root = items[0].dep.target.module
-    handler = items[0].dep.handler
-    channels = len(items[0].idxs)
+        self._divide(draft, share.parts, width, indices, channels)
 
-    def remove(chosen: list[int]) -> None:
-        graph.get_pruning_group(root, handler, chosen).prune(record_history=False)
+    def _layer(
+        self,
+        draft: _Draft,
+        name: str,
+        module: nn.Module,
+        side: str,
+        indices: Tensor,
+        channels: Tensor,
+        *,
+        cut: bool = True,
+    ) -> None:
+        size = axis_size(module, side)
+        if size is None:
+            draft.obstacle = draft.obstacle or f"{name} is a {type(module).__name__}, which cannot lose channels"
+            return
+        if size == 1 and isinstance(module, nn.PReLU):
+            return
+        if any(id(p) in self.frozen for p in module.parameters(recurse=False)):
+            draft.obstacle = draft.obstacle or f"{name} is frozen"
+        if int(indices.max()) >= size:
+            draft.obstacle = draft.obstacle or f"{name} uses them in an order that the trace does not understand"
+            return
+        draft.layers.append(CoupledLayer(name, module, side, indices, channels))
+        self._divide(draft, divisions(module), size, indices, channels)
+        if cut:
+            axis = (id(module), side)
+            draft.cuts.append(Cut(axis, indices, channels, surgery(self.traced.graph, module, side)))
+            draft.sizes[axis] = size
 
-    return Group(names[root], channels, tuple(layers), divisions, remove)
+    def _divide(self, draft: _Draft, parts: int, size: int, indices: Tensor, channels: Tensor) -> None:
+        """Equal parts of a whole axis become equal parts of the group."""
+        if parts == 1:
+            return
+        draft.divisions = math.lcm(draft.divisions, parts)
+        straight = len(indices) == size == draft.channels and torch.equal(indices.sort().values, torch.arange(size))
+        if not straight or not torch.equal(indices, channels) or size % draft.divisions:
+            draft.obstacle = draft.obstacle or f"they are a part of what is divided into {parts} equal parts later"
+
+    def _loose(self, draft: _Draft, tensor: nn.Parameter, indices: Tensor, channels: Tensor) -> None:
+        found = self.traced.loose[tensor]
+        if id(tensor) in self.frozen:
+            draft.obstacle = draft.obstacle or f"{found.name} is frozen"
+        if tensor in self.traced.contracted and not found.is_buffer:
+            draft.obstacle = draft.obstacle or f"{found.name} does more than scale or shift them"
+            return
+        dims = [d for d, size in enumerate(tensor.shape) if size == len(indices) and size > 1]
+        if not dims:
+            return
+        if found.is_buffer:
+            raise PruningError(
+                f"buffer {found.name} has a value for each of the {len(indices)} channels of {draft.name}, which no "
+                "layer owns: make it a parameter, or attach it after pruning"
+            )
+        if len(dims) > 1:
+            raise PruningError(
+                f"parameter {found.name} {tuple(tensor.shape)}: which dimension are the {len(indices)} channels of "
+                f"{draft.name}? freeze it to keep them, or give it one dimension of that size"
+            )
+        axis = (id(tensor), "parameter")
+        draft.cuts.append(Cut(axis, indices, channels, cut_parameter(found.owner, found.key, dims[0])))
+        draft.sizes[axis] = len(indices)
+
+    def _sizes_of_parents(self, draft: _Draft) -> None:
+        """Modules that hold a layer of the group and note its width under a usual name."""
+        parents = {self.modules[layer.name.rpartition(".")[0]] for layer in draft.layers}
+        for parent in parents - self.blocks.keys():
+            for name in _WIDTHS:
+                if type(getattr(parent, name, None)) is int and getattr(parent, name) == draft.channels:
+                    draft.after.append(partial(_note_width, parent, name))
 
 
-def _divisions(module: nn.Module) -> int:
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups not in (1, module.out_channels):
-        return int(module.groups)
-    if isinstance(module, nn.GroupNorm):
-        return int(module.num_groups)
-    return 1
+def _tell_block(block: Block, before: int, after: int) -> None:
+    block.after_removal(block.channels[0] + before - after)
+
+
+def _note_width(parent: nn.Module, name: str, before: int, after: int) -> None:
+    setattr(parent, name, after)
+
+
+def _claim(drafts: Sequence[_Draft]) -> None:
+    """A position that two groups claim was followed wrongly: both keep their channels."""
+    owners: dict[tuple[int, str], Tensor] = {}
+    for number, draft in enumerate(drafts):
+        for cut in draft.cuts:
+            owner = owners.setdefault(cut.axis, torch.full((draft.sizes[cut.axis],), -1))
+            others = owner[cut.indices]
+            owner[cut.indices] = number
+            for other in {int(o) for o in others.unique()} - {-1, number}:
+                for one in (draft, drafts[other]):
+                    one.obstacle = one.obstacle or "another group has the same place in a layer"

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from compress_uq.config import TrainingConfig
 from compress_uq.cost import Cost, measure_cost
-from compress_uq.errors import ModelError, PruningError
+from compress_uq.data import Augmentation, Splits
+from compress_uq.errors import ModelError, PruningError, UnknownNameError
 from compress_uq.models import as_logits
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.pruning.amounts import Amount, Target, matches, parse_sparsity, removal_order, sparsity_counts
+from compress_uq.pruning.batch_norm import recalibrate_batch_norm
+from compress_uq.pruning.criteria import resolve_criterion
+from compress_uq.pruning.criterion import Criterion, Evidence
 from compress_uq.pruning.graph import Group, dependency_groups
-from compress_uq.pruning.l1 import l1
-from compress_uq.registry import Entry, Registry
+from compress_uq.pruning.refusals import refuse_broken, refuse_unprunable
+from compress_uq.pruning.rewind import Rewinder
+from compress_uq.pruning.schedules import SCHEDULES, Schedule
+from compress_uq.pruning.targets import TargetReached, meet_target
 from compress_uq.stages import ModelOrResult, Origin, unpack
+from compress_uq.training import Epoch, resolve_device
 
-__all__ = ["CRITERIA", "Criterion", "PrunedLayer", "PruneResult", "kept_channels", "prune"]
+__all__ = ["PruneResult", "PrunedLayer", "PruningOptions", "prunable_layers", "prune", "pruning_share"]
 
-Criterion = Callable[[Group], Tensor]
-"""Maps a group to the importance (channels,) of its channels; the lowest are removed."""
 
-CRITERIA: Registry[Criterion] = Registry(
-    "criterion",
-    Entry("l1", "L1 norm of a channel's filters", "Li 2017, section 3.1", l1),
-)
+class PruningOptions(TypedDict, total=False):
+    """What is removed, how, and when; the arguments of `prune` that a caller of `compress` may give by name."""
+
+    sparsity: Amount | str | None
+    target: str | Target | None
+    criterion: str | Criterion | Callable[[Group], Tensor]
+    scope: str
+    round_to: int
+    keep: Sequence[str]
+    schedule: str | Schedule
+    initial: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,11 @@ class PruneResult:
     after: Cost
     layers: tuple[PrunedLayer, ...]
     origin: Origin
+    target: TargetReached | None = None
+    history: tuple[Epoch, ...] = ()
+    """Of the training that was part of the pruning."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """What was asked for, in plain values."""
 
     @property
     def sparsity(self) -> float:
@@ -59,98 +80,317 @@ class PruneResult:
         return 1 - sum(layer.after for layer in self.layers) / total
 
 
-def kept_channels(channels: int, sparsity: float, round_to: int) -> int:
-    """How many of a layer's channels stay: C - int(C s + 1e-9), to the nearest multiple of `round_to`, ties up.
-
-    Never fewer than `round_to`, never more than there are (Holzbock, equation 1, for `round_to=1`).
-    """
-    kept = channels - int(channels * sparsity + 1e-9)
-    rounded = math.floor(kept / round_to + 0.5) * round_to
-    return min(channels, max(round_to, rounded))
-
-
 def prune(
     model: ModelOrResult,
     example_inputs: Tensor | None = None,
     *,
-    sparsity: float,
-    criterion: str | Criterion = "l1",
+    sparsity: Amount | str | None = None,
+    target: str | Target | None = None,
+    criterion: str | Criterion | Callable[[Group], Tensor] = "l1",
+    scope: str = "layer",
     round_to: int = 8,
+    keep: Sequence[str] = (),
+    schedule: str | Schedule = "one-shot",
+    initial: nn.Module | None = None,
+    splits: Splits | None = None,
+    training: TrainingConfig | None = None,
+    augment: str | Augmentation = "auto",
+    teacher: nn.Module | None = None,
+    recalibrate: bool = True,
+    seed: int = 0,
+    progress: ProgressCallback = silent,
+    work_dir: Path | None = None,
 ) -> PruneResult:
-    """Remove the least important channels of every layer of a copy; the classifier's outputs stay.
+    """Remove the least important channels of a copy; the classifier's outputs stay.
 
     Args:
         model: a classifier, or a stage's result.
         example_inputs: images (N, C, H, W) of the right shape; an earlier stage's result knows it.
-        sparsity: s, above 0 and below 1: the share of channels removed from each layer.
-        criterion: a name of `compress-uq methods`, or a function from a group to its channels' importance.
+        sparsity: s, above 0 and below 1: the share of channels removed from each layer, or a share for each pattern of
+            layer names. One of sparsity and target, or neither where the criterion decides (`loss`).
+        target: what may be kept of the dense model's cost: `macs=0.5`, `params=0.4` or `latency=0.5`.
+        criterion: a name of `compress-uq methods`, a configured criterion, or a function from a group to the
+            importance (channels,) of its channels.
+        scope: `layer` removes the same share everywhere; `global` the lowest scores of the whole network, at most 0.9
+            of a layer.
         round_to: channels kept are a multiple of this; 1 keeps exactly C - int(C s).
+        keep: names, patterns or types of layers whose outputs all stay.
+        schedule: `one-shot`, `iterative`, `lottery`, or a configured schedule.
+        initial: the model before it was trained, for a schedule that rewinds.
+        splits: needs `train` where criterion or schedule look at images; with it, batch norm is recalibrated.
+        training: how to train, where criterion or schedule do; all its epochs are spent here.
+        augment: for that training; by default what suits the data.
+        teacher: distils in that training.
+        recalibrate: estimate batch norm's statistics anew after the removal, from training images.
+        seed: of everything random.
+        progress: called as the work goes on.
+        work_dir: a folder where training keeps its state.
 
     Raises:
-        PruningError: a sparsity that cannot be, a model that cannot be traced, or nothing that can be pruned.
+        PruningError: a size that cannot be, a model that cannot be traced, or nothing that can be pruned.
         ModelError: the model's output is not logits.
+        DataError: training images are needed and there are none.
     """
-    if not (math.isfinite(sparsity) and 0 < sparsity < 1):
-        raise PruningError(f"sparsity={sparsity}: expected a share above 0 and below 1, such as 0.6")
-    if round_to < 1:
-        raise PruningError(f"round_to={round_to}: expected 1 or more")
-    score = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    rule, plan = resolve_criterion(criterion), _schedule(schedule)
+    asked = _Size.of(sparsity, target, scope, round_to, tuple([keep] if isinstance(keep, str) else keep), rule)
+    if rule.trains and plan.name != "one-shot":
+        raise PruningError(f"criterion {rule.name!r} prunes while it trains: it takes the one-shot schedule only")
     given, origin = unpack(model, example_inputs)
     example = origin.example(given, "prune")
+    refuse_unprunable(given)
     pruned = copy.deepcopy(given)
-    flags = {name: (p.requires_grad, p.dtype) for name, p in pruned.named_parameters()}
+    device = example.device if training is None else resolve_device(training.device)
+    home, example = example.device, example.to(device)
+    pruned.to(device)
+    flags = {name: p.requires_grad for name, p in pruned.named_parameters()}
     modes = {name: module.training for name, module in pruned.named_modules()}
     pruned.eval()
     _try(pruned, example)
     before = measure_cost(pruned, example.shape[1:])
-    groups = dependency_groups(pruned, example)
-    layers = [layer for group in groups if (layer := _shrink(group, score, sparsity, round_to)) is not None]
-    if not any(layer.removed for layer in layers):
-        raise PruningError(_nothing(groups, sparsity, round_to))
-    for name, parameter in pruned.named_parameters():
-        parameter.requires_grad_(flags[name][0])
-        parameter.grad = None
-    _try(pruned, example)
+    evidence = Evidence(
+        pruned, example, splits, training or TrainingConfig(), augment, teacher, seed, progress,
+        None if work_dir is None else work_dir / "pruning-0.pt",
+    )  # fmt: skip
+    rewinder = _rewinder(plan, given, initial, evidence)
+
+    record: _Record | None = None
+    history: tuple[Epoch, ...] = ()
+    reached: TargetReached | None = None
+    steps = plan.steps(evidence.training.epochs if plan.share else 0)
+    final: dict[str, int] | None = None
+    for number, step in enumerate(steps):
+        groups = asked.prunable(dependency_groups(pruned, example))
+        step_rule = rule if step.criterion is None else resolve_criterion(step.criterion)
+        if record is None:
+            record = _Record.of(groups)
+            final, reached = asked.counts(pruned, example, groups, step_rule, evidence, before)
+        counts = None if final is None else record.due(groups, final, step.fraction)
+        chosen = step_rule.choose(groups, evidence, counts)
+        for group, channels in zip(groups, chosen, strict=True):
+            record.take(group.name, channels)
+            if channels:
+                group.remove(channels)
+        _restore(pruned, flags)
+        if rewinder is not None and step.rewind:
+            rewinder.rewind(pruned, record.removed)
+        if step.epochs:
+            history += _between(evidence, step.epochs, number + 1, work_dir)
+    assert record is not None
+    if not record.anything:
+        raise PruningError(asked.nothing(record))
+    refuse_broken(pruned, example)
+    if recalibrate and splits is not None and splits.train is not None:
+        recalibrate_batch_norm(pruned, evidence, modes)
     after = measure_cost(pruned, example.shape[1:])
     for name, module in pruned.named_modules():
         module.training = modes[name]
-    origin = Origin(tuple(example.shape[1:]), origin.dense_cost or before)
-    return PruneResult(pruned, before, after, tuple(layers), origin)
-
-
-def _shrink(group: Group, score: Criterion, sparsity: float, round_to: int) -> PrunedLayer:
-    kept = kept_channels(group.channels, sparsity, round_to)
-    count = group.channels - kept
-    importance = score(group)
-    if group.divisions > 1:
-        # Each part of a grouped convolution loses the same places, chosen by their mean importance.
-        count = count // group.divisions
-        places = importance.view(group.divisions, -1).mean(0).argsort(stable=True)[:count]
-        offsets = torch.arange(group.divisions) * (group.channels // group.divisions)
-        chosen = (places.unsqueeze(0) + offsets.unsqueeze(1)).flatten()
-    else:
-        chosen = importance.argsort(stable=True)[:count]
-    removed = sorted(chosen.tolist())
-    gone = torch.zeros(group.channels, dtype=torch.bool)
-    gone[removed] = True
-    consumers = tuple(
-        (layer.name, tuple(sorted(layer.indices[gone[layer.channels]].tolist())))
-        for layer in group.layers
-        if layer.side == "in"
+    origin = Origin(
+        **{**vars(origin), "input_shape": tuple(example.shape[1:]), "dense_cost": origin.dense_cost or before}
     )
-    if removed:
-        group.remove(removed)
-    return PrunedLayer(group.name, group.channels, group.channels - len(removed), tuple(removed), consumers)
-
-
-def _nothing(groups: list[Group], sparsity: float, round_to: int) -> str:
-    if not groups:
-        return "nothing can be pruned: no layer but the classifier has channels to lose, or all of them are frozen"
-    widest = max(group.channels for group in groups)
-    return (
-        f"nothing was pruned: sparsity {sparsity} with round_to {round_to} keeps every channel of layers up to "
-        f"{widest} wide; raise --sparsity or pass --round-to 1"
+    if reached is not None:
+        reached = reached.measured(before, after)
+    return PruneResult(
+        pruned.to(home), before, after, record.layers(), origin, reached, history, asked.settings(rule, plan)
     )
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What was asked for: how many channels go, of which groups."""
+
+    sparsity: Amount | None
+    target: Target | None
+    scope: str
+    round_to: int
+    keep: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        sparsity: Amount | str | None,
+        target: str | Target | None,
+        scope: str,
+        round_to: int,
+        keep: tuple[str, ...],
+        rule: Criterion,
+    ) -> _Size:
+        amount = parse_sparsity(sparsity) if isinstance(sparsity, str) else sparsity
+        goal = Target.parse(target) if isinstance(target, str) else target
+        if amount is not None and goal is not None:
+            raise PruningError(f"sparsity={amount} and target={goal} were given: expected one of the two")
+        if amount is None and goal is None and not rule.sizes_itself:
+            raise PruningError(
+                f"criterion {rule.name!r} does not decide how much goes: give a sparsity such as 0.6, or a target such "
+                "as macs=0.5"
+            )
+        if scope not in ("layer", "global"):
+            raise UnknownNameError("scope", scope, ("layer", "global"))
+        if scope == "global" and isinstance(amount, Mapping):
+            raise PruningError("scope global takes one sparsity, not one for each layer")
+        if scope == "global" and rule.trains:
+            raise PruningError(f"criterion {rule.name!r} has no scores before its training: it takes scope layer only")
+        if round_to < 1:
+            raise PruningError(f"round_to={round_to}: expected 1 or more")
+        return cls(amount, goal, scope, round_to, keep)
+
+    def prunable(self, groups: list[Group]) -> list[Group]:
+        """The groups that may lose channels."""
+        if not groups:
+            raise PruningError(
+                "nothing can be pruned: no layer but the classifier has channels to lose, or all of them are frozen"
+            )
+        for pattern in self.keep:
+            if not any(matches(group, pattern) for group in groups):
+                names = ", ".join(group.name for group in groups)
+                raise PruningError(f"keep {pattern!r}: no prunable layer matches; they are {names}")
+        left = [group for group in groups if not any(matches(group, pattern) for pattern in self.keep)]
+        if not left:
+            raise PruningError(f"nothing can be pruned: keep={list(self.keep)} matches every prunable layer")
+        return left
+
+    def counts(
+        self, model: nn.Module, example: Tensor, groups: list[Group], rule: Criterion, evidence: Evidence, before: Cost
+    ) -> tuple[dict[str, int] | None, TargetReached | None]:
+        """Channels to remove by group; None where the criterion decides."""
+        reached = None
+        if self.sparsity is None and self.target is None:
+            return None, None
+        if self.target is None and self.scope == "layer":
+            assert self.sparsity is not None
+            found = sparsity_counts(groups, self.sparsity, self.round_to)
+        else:
+            scores = rule.scores(groups, evidence) if self.scope == "global" else None
+            order = removal_order(groups, scores, self.round_to)
+            if self.target is None:
+                assert isinstance(self.sparsity, float | int)
+                found = order.share(self.sparsity)
+            else:
+                found, reached = meet_target(self.target, model, example, order, before)
+        return {group.name: count for group, count in zip(groups, found, strict=True)}, reached
+
+    def settings(self, rule: Criterion, plan: Schedule) -> dict[str, object]:
+        """What was asked for, in plain values."""
+        return {
+            "sparsity": dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity,
+            "target": None if self.target is None else str(self.target),
+            "criterion": {"name": rule.name, **_plain_options(rule)},
+            "scope": self.scope,
+            "round_to": self.round_to,
+            "keep": list(self.keep),
+            "schedule": {"name": plan.name, **_plain_options(plan)},
+        }
+
+    def nothing(self, record: _Record) -> str:
+        widest = max(record.widths.values())
+        if self.sparsity is None and self.target is None:
+            return "nothing was pruned: no removal improves the loss; give a sparsity or a target to prune all the same"
+        given = f"target {self.target}" if self.sparsity is None else f"sparsity {self.sparsity}"
+        return (
+            f"nothing was pruned: {given} with round_to {self.round_to} keeps every channel of layers up to "
+            f"{widest} wide; raise --sparsity or pass --round-to 1"
+        )
+
+
+def _plain_options(plugin: Any) -> dict[str, object]:
+    return {
+        name: value for name, value in asdict(plugin).items() if isinstance(value, bool | int | float | str | tuple)
+    }
+
+
+@dataclass
+class _Record:
+    """What has gone so far, in the channels' first numbers."""
+
+    widths: dict[str, int]
+    removed: dict[str, list[int]]
+    _alive: dict[str, list[int]]
+    _consumers: dict[str, list[tuple[str, Tensor, Tensor]]]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> _Record:
+        consumers = {
+            g.name: [(layer.name, layer.indices, layer.channels) for layer in g.layers if layer.side == "in"]
+            for g in groups
+        }
+        widths = {g.name: g.channels for g in groups}
+        return cls(widths, {n: [] for n in widths}, {n: list(range(w)) for n, w in widths.items()}, consumers)
+
+    @property
+    def anything(self) -> bool:
+        return any(self.removed.values())
+
+    def due(self, groups: Sequence[Group], final: Mapping[str, int], fraction: float) -> list[int]:
+        """How many more go from each group to reach a fraction of the whole removal."""
+        due = []
+        for group in groups:
+            whole = final[group.name] if fraction >= 1 else int(final[group.name] * fraction + 1e-9)
+            more = max(0, whole - len(self.removed[group.name]))
+            due.append(more // group.divisions * group.divisions)
+        return due
+
+    def take(self, name: str, channels: Sequence[int]) -> None:
+        alive = self._alive[name]
+        self.removed[name] = sorted([*self.removed[name], *(alive[c] for c in channels)])
+        gone = set(channels)
+        self._alive[name] = [number for place, number in enumerate(alive) if place not in gone]
+
+    def layers(self) -> tuple[PrunedLayer, ...]:
+        found = []
+        for name, width in self.widths.items():
+            gone = torch.zeros(width, dtype=torch.bool)
+            gone[self.removed[name]] = True
+            consumers = tuple(
+                (layer, tuple(sorted(indices[gone[channels]].tolist())))
+                for layer, indices, channels in self._consumers[name]
+            )
+            removed = tuple(self.removed[name])
+            found.append(PrunedLayer(name, width, width - len(removed), removed, consumers))
+        return tuple(found)
+
+
+def prunable_layers(model: nn.Module, example: Tensor, *, keep: Sequence[str] = ()) -> dict[str, int]:
+    """Channels of every group that may lose some, by the name of the layer that stands for it; the model is unchanged.
+
+    Raises:
+        PruningError: the model cannot be traced, or nothing can be pruned.
+    """
+    copied = copy.deepcopy(model).eval()
+    first = next(copied.parameters())
+    groups = dependency_groups(copied, example.to(first))
+    return {group.name: group.channels for group in _Size(None, None, "layer", 1, tuple(keep)).prunable(groups)}
+
+
+def pruning_share(options: PruningOptions) -> float | None:
+    """Of a run's epochs, the share that criterion or schedule spend while channels go; None where neither trains."""
+    rule = resolve_criterion(options.get("criterion", "l1"))
+    plan = _schedule(options.get("schedule", "one-shot"))
+    if rule.trains:
+        return rule.training_share
+    return plan.share if plan.trains else None
+
+
+def _between(evidence: Evidence, epochs: int, number: int, work_dir: Path | None) -> tuple[Epoch, ...]:
+    """Fine-tuning between two removals."""
+    config = replace(evidence.training, epochs=epochs)
+    checkpoint = None if work_dir is None else work_dir / f"pruning-{number}.pt"
+    return replace(evidence, training=config, checkpoint=checkpoint).train("iterative pruning")
+
+
+def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Removal makes new parameters: their flags are those of the old, and no gradient is kept."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
+        parameter.grad = None
+
+
+def _rewinder(plan: Schedule, trained: nn.Module, initial: nn.Module | None, evidence: Evidence) -> Rewinder | None:
+    if plan.rewinds_to is None:
+        return None
+    return Rewinder.to(plan.rewinds_to, plan.early_epochs, trained, initial, evidence)
+
+
+def _schedule(schedule: str | Schedule) -> Schedule:
+    return SCHEDULES[schedule]() if isinstance(schedule, str) else schedule
 
 
 def _try(model: nn.Module, example: Tensor) -> None:
@@ -160,6 +400,6 @@ def _try(model: nn.Module, example: Tensor) -> None:
             as_logits(model(example))
     except ModelError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"the model does not run on images of shape {tuple(example.shape[1:])}: {reason}") from error

@@ -1,0 +1,166 @@
+"""From words and files to what the stages take: a model with its data, a configured method, a dense model's file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress_uq._version import __version__
+from compress_uq.config import TrainingConfig
+from compress_uq.data import Splits, hold_out, labels_of, load_splits
+from compress_uq.errors import InputError
+from compress_uq.models import Architecture, Checkpoint, DataRecord, load_model, open_model_file, save_model
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.pruning import Schedule
+from compress_uq.steps import FinetuneResult, finetune
+from compress_uq.uq import METHODS, Method
+
+__all__ = ["ModelAndData", "configure_method", "initial_model", "open_model_and_data", "train_dense"]
+
+_FIELD_OF = {"dropout": "p", "dropout_at": "at"}
+
+
+@dataclass(frozen=True)
+class ModelAndData:
+    """A checkpoint and the splits that belong to it."""
+
+    checkpoint: Checkpoint
+    splits: Splits
+
+
+def open_model_and_data(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    data: str | None = None,
+    root: str | Path = "data",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    ood: Sequence[str] = (),
+    unsafe: bool = False,
+    reserve: bool = True,
+) -> ModelAndData:
+    """Read a model file, then its data, then build the model; what the file records fills in what is left out.
+
+    Raises:
+        InputError: whatever does not fit.
+    """
+    opened = open_model_file(path, unsafe=unsafe)
+    record = opened.data
+    name = data or (None if record is None else record.name)
+    if name is None:
+        raise InputError(f"{path} does not record its data: pass --data, such as cifar10 or a folder of class folders")
+    if data is None and ":" in name:
+        raise InputError(
+            f"{path} names the data {name!r}, which is not imported on its own: pass --data {name} if you trust it"
+        )
+    if options and arch is None:
+        raise InputError("--arch-option needs --arch")
+    recorded_shape = opened.recorded("input_shape")
+    splits = load_splits(
+        name,
+        root=root,
+        mean=mean or opened.recorded("mean"),
+        std=std or opened.recorded("std"),
+        input_shape=None if recorded_shape is None else tuple(recorded_shape),
+        ood=ood,
+        record=record,
+        reserve=reserve,
+    )
+    labels = splits.info.labels
+    classes = num_classes or (len(labels) if labels is not None and opened.architecture is None else None)
+    shape = tuple(splits.example().shape[1:])
+    checkpoint = opened.build(arch=arch, num_classes=classes, input_shape=shape, options=options)
+    known = checkpoint.labels
+    if known is not None and labels is not None and len(known) != len(labels):
+        raise InputError(f"{path} has {len(known)} classes and {name} has {len(labels)}: they do not belong together")
+    return ModelAndData(checkpoint, splits)
+
+
+def configure_method(name: str, options: Mapping[str, Any]) -> tuple[Method, tuple[str, ...]]:
+    """A method from the options that were given, as the command line names them, and those that it has no use for.
+
+    Raises:
+        UnknownNameError: no such method.
+        InputError: a value that cannot be.
+    """
+    kind = METHODS[name]
+    known = {field.name for field in fields(kind)}
+    values = {_FIELD_OF.get(option, option): value for option, value in options.items()}
+    unused = tuple(option for option in options if _FIELD_OF.get(option, option) not in known and option != "seed")
+    values = {field: value for field, value in values.items() if field in known}
+    if isinstance(values.get("at"), str) and values["at"] != "auto":
+        values["at"] = tuple(values["at"].split(","))
+    return kind(**values), unused
+
+
+def initial_model(path: str | os.PathLike[str] | None, checkpoint: Checkpoint, schedule: Schedule) -> nn.Module | None:
+    """The model before its training, for a schedule that rewinds to it: a file, or drawn from the recorded seed.
+
+    None where neither is known, or the schedule does not need it.
+    """
+    if path is not None:
+        return load_model(path, arch=None if checkpoint.architecture is None else checkpoint.architecture.reference)
+    seed = checkpoint.training.get("seed")
+    if schedule.rewinds_to in (None, "random") or seed is None or checkpoint.architecture is None:
+        return None
+    return checkpoint.architecture.build(seed)
+
+
+def train_dense(
+    out: str | os.PathLike[str],
+    *,
+    arch: str,
+    data: str,
+    options: Mapping[str, Any] | None = None,
+    root: str | Path = "data",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    training: TrainingConfig | None = None,
+    progress: ProgressCallback = silent,
+    checkpoint: Path | None = None,
+) -> tuple[FinetuneResult, Splits]:
+    """Train an architecture on a data set and write a checkpoint, with a tenth of the images held out and recorded.
+
+    Args:
+        out: the file to write.
+        arch, options: what builds the model.
+        data, root, mean, std: as in `load_splits`.
+        training: its seed also draws the initial weights and the tenth.
+        progress: called after every batch.
+        checkpoint: file to resume from and to write after every epoch.
+
+    Raises:
+        InputError: whatever does not fit.
+    """
+    training = training or TrainingConfig()
+    splits = hold_out(load_splits(data, root=root, mean=mean, std=std, reserve=False), seed=training.seed)
+    info = splits.info
+    labels = info.labels or tuple(str(k) for k in range(int(labels_of(splits.require("train", "train")).max()) + 1))
+    architecture = Architecture(arch, len(labels), tuple(splits.example().shape[1:]), options or {})
+    result = finetune(
+        architecture.build(training.seed),
+        splits,
+        training=training,
+        progress=progress,
+        stage="training",
+        checkpoint=checkpoint,
+    )
+    save_model(
+        result.model,
+        out,
+        arch=architecture,
+        labels=labels,
+        mean=info.mean,
+        std=info.std,
+        data=DataRecord(data, info.fingerprint or "", info.held_out),
+        training={"epochs": training.epochs, "seed": training.seed, "lr": training.lr, "version": __version__},
+    )
+    return result, splits

@@ -1,0 +1,234 @@
+"""The smallest model within a budget, and how much each layer bears: decisions on held-out images, never on test."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from torch import nn
+
+from compress_uq.config import TrainingConfig
+from compress_uq.data import Augmentation, Splits
+from compress_uq.errors import CalibrationError, DataError, InputError, PruningError, UnknownNameError
+from compress_uq.held_out import held_out_figures
+from compress_uq.progress import Progress, ProgressCallback, silent
+from compress_uq.pruning import PruningOptions, prunable_layers, prune
+from compress_uq.shrinking import prune_and_finetune
+from compress_uq.stages import ModelOrResult, Origin, unpack
+from compress_uq.steps import calibrate, fit_uncertainty
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import MSP, Method
+
+__all__ = ["Budget", "LayerTrial", "SearchResult", "Sensitivity", "Trial", "search_sparsity", "sensitivity"]
+
+MEASURES = ("accuracy_drop", "ece", "ause", "nll")
+_FORM = re.compile(r"\s*(\w+)\s*<=\s*([-+.\deE]+)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a smaller model may cost in quality."""
+
+    measure: str
+    """`accuracy_drop` (share of images, dense minus compressed), `ece`, `ause` or `nll`."""
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise UnknownNameError("budget", self.measure, MEASURES)
+        if not math.isfinite(self.limit):
+            raise InputError(f"budget {self}: expected a finite limit")
+
+    def __str__(self) -> str:
+        return f"{self.measure}<={self.limit:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """From `accuracy_drop<=0.01`.
+
+        Raises:
+            InputError: another form, or a measure that is not known.
+        """
+        found = _FORM.fullmatch(text)
+        if found is None:
+            raise InputError(f"budget {text!r}: expected a measure and a limit, such as accuracy_drop<=0.01")
+        return cls(found[1], float(found[2]))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One size that was tried."""
+
+    sparsity: float
+    parameters_share: float
+    macs_share: float
+    measures: Mapping[str, float]
+    holds: bool
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The largest sparsity that stays inside every budget, and all that was tried."""
+
+    sparsity: float
+    budgets: tuple[Budget, ...]
+    trials: tuple[Trial, ...]
+    epochs: int
+    """Of fine-tuning in each trial; the chosen model gets more."""
+    images: str
+    """Where the measures come from, in words."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values, for the recipe."""
+        return {
+            "sparsity": self.sparsity,
+            "budgets": [str(budget) for budget in self.budgets],
+            "trials": [{**asdict(trial), "measures": dict(trial.measures)} for trial in self.trials],
+            "epochs": self.epochs,
+            "images": self.images,
+        }
+
+
+def search_sparsity(
+    model: ModelOrResult,
+    splits: Splits,
+    budgets: Sequence[str | Budget],
+    *,
+    pruning: PruningOptions,
+    method: Method,
+    calibration: str = "temperature",
+    training: TrainingConfig | None = None,
+    augment: str | Augmentation = "auto",
+    epochs: int = 2,
+    trials: int = 5,
+    largest: float = 0.95,
+    progress: ProgressCallback = silent,
+) -> SearchResult:
+    """The largest sparsity whose quality stays inside the budgets after a short fine-tuning, by bisection.
+
+    Each trial prunes, fine-tunes for `epochs`, fits the uncertainty, calibrates, and measures on the `decision` split,
+    or on the calibration split, cross-fitted in two halves, where there is none. Bisection takes quality to fall as the
+    model shrinks; the trials tell whether it did.
+
+    Raises:
+        PruningError: a size was given too, or no trial is inside the budgets (names the nearest miss).
+        DataError: no held-out images.
+    """
+    wanted = tuple(Budget.parse(b) if isinstance(b, str) else b for b in budgets)
+    if not wanted:
+        raise InputError("no budget was given: expected some, such as accuracy_drop<=0.01")
+    for name in ("sparsity", "target"):
+        if pruning.get(name) is not None:
+            raise PruningError(f"a budget and {name}={pruning[name]} were given: the budget decides the size")
+    if trials < 1:
+        raise InputError(f"trials={trials}: expected 1 or more")
+    dense, origin = unpack(model)
+    config = replace(training or TrainingConfig(), epochs=epochs)
+    before, images = _measures(_plain(dense, origin, splits), splits, calibration, config, progress)
+    tried: list[Trial] = []
+    low, high = 0.0, largest
+    for number in range(trials):
+        sparsity = round((low + high) / 2, 4)
+        progress(Progress("searching", number, trials, f"sparsity {sparsity}"))
+        pruned, tuned = prune_and_finetune(
+            dense, splits, pruning={**pruning, "sparsity": sparsity}, method=method, training=config, augment=augment,
+            progress=progress,
+        )  # fmt: skip
+        after, _ = _measures(fit_uncertainty(tuned, splits), splits, calibration, config, progress)
+        after["accuracy_drop"] = before["accuracy"] - after.pop("accuracy")
+        measured = {name: after[name] for name in MEASURES}
+        holds = all(measured[budget.measure] <= budget.limit for budget in wanted)
+        tried.append(
+            Trial(
+                sparsity,
+                pruned.after.parameters / pruned.before.parameters,
+                pruned.after.macs / pruned.before.macs,
+                measured,
+                holds,
+            )
+        )
+        low, high = (sparsity, high) if holds else (low, sparsity)
+    if not any(trial.holds for trial in tried):
+        nearest = min(tried, key=lambda trial: trial.sparsity)
+        missed = "; ".join(f"{b.measure} {nearest.measures[b.measure]:.4f}, budget {b}" for b in wanted)
+        raise PruningError(
+            f"no size was found within the budget: at sparsity {nearest.sparsity} {missed}; allow more, or search with "
+            "more epochs"
+        )
+    best = max((trial for trial in tried if trial.holds), key=lambda trial: trial.sparsity)
+    return SearchResult(best.sparsity, wanted, tuple(tried), epochs, images)
+
+
+@dataclass(frozen=True)
+class LayerTrial:
+    """One group of channels pruned alone, without training."""
+
+    layer: str
+    channels: int
+    ratio: float
+    measures: Mapping[str, float]
+    """`accuracy`, `nll`, `ece`, `ause`."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much each group of channels bears."""
+
+    dense: Mapping[str, float]
+    trials: tuple[LayerTrial, ...]
+    images: str
+
+
+def sensitivity(
+    model: ModelOrResult,
+    splits: Splits,
+    *,
+    ratios: Sequence[float] = (0.25, 0.5, 0.75),
+    pruning: PruningOptions | None = None,
+    calibration: str = "temperature",
+    training: TrainingConfig | None = None,
+    progress: ProgressCallback = silent,
+) -> Sensitivity:
+    """NLL, ECE, AUSE and accuracy on held-out images with one group of channels pruned at a time, not fine-tuned.
+
+    Layers that lose channels together are one group, so that no layer is blamed for another. Batch norm is
+    recalibrated where there is a `train` split.
+
+    Raises:
+        InputError: a ratio that is not a share, or no held-out images.
+        PruningError: nothing can be pruned.
+    """
+    options: PruningOptions = {"round_to": 1, **(pruning or {})}
+    dense, origin = unpack(model)
+    config = training or TrainingConfig()
+    before, images = _measures(_plain(dense, origin, splits), splits, calibration, config, progress)
+    layers = prunable_layers(dense, splits.example(), keep=options.get("keep", ()))
+    found = []
+    for number, (name, channels) in enumerate(layers.items()):
+        for ratio in ratios:
+            progress(Progress("sensitivity", number, len(layers), f"{name} at {ratio}"))
+            alone: PruningOptions = {**options, "sparsity": {name: ratio}}
+            result = prune(dense, splits.example(), splits=splits, training=config, seed=config.seed, **alone)
+            measured, _ = _measures(_plain(result.model, result.origin, splits), splits, calibration, config, progress)
+            found.append(LayerTrial(name, channels, ratio, measured))
+    return Sensitivity(before, tuple(found), images)
+
+
+def _plain(model: nn.Module, origin: Origin, splits: Splits) -> UncertainModel:
+    return UncertainModel(MSP().fit(model, origin), MSP(), origin.of_data(splits))
+
+
+def _measures(
+    model: UncertainModel, splits: Splits, calibration: str, config: TrainingConfig, progress: ProgressCallback
+) -> tuple[dict[str, float], str]:
+    """Figures on held-out images, calibrated, and which images those are."""
+    with contextlib.suppress(CalibrationError):  # without a mistake there is no temperature, and nothing to mend
+        model = calibrate(model, splits, method=calibration, device=config.device, progress=progress)
+    figures, images = held_out_figures(model, splits, device=config.device, progress=progress)
+    missing = [name for name in ("accuracy", "nll", "ece", "ause") if figures.get(name) is None]
+    if missing:
+        raise DataError(f"{missing[0]} cannot be measured: {images}")
+    return {name: float(figures[name] or 0.0) for name in ("accuracy", "nll", "ece", "ause")}, images
