@@ -104,7 +104,7 @@ def test_targets_that_cannot_be(text, error):
 def test_one_of_sparsity_and_target():
     with pytest.raises(PruningError, match="one of the two"):
         cuq.prune(own("resnet20"), IMAGE, sparsity=0.5, target=Target("macs", 0.5))
-    with pytest.raises(PruningError, match="give a sparsity"):
+    with pytest.raises(PruningError, match="--sparsity"):
         cuq.prune(own("resnet20"), IMAGE)
 
 

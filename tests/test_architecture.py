@@ -26,6 +26,7 @@ LAYERS = [
     {"steps", "report", "export"},
     {"shrinking", "held_out"},
     {"search"},
+    {"sensitivity"},
     {"bundle", "catalogue", "inputs"},
     {"verification", "pipeline"},
     {"study"},

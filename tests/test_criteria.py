@@ -42,8 +42,8 @@ class Residual(nn.Module):
         x = self.seen["stem"] = F.relu(self.bn0(self.stem(x)))
         y = self.seen["conv1"] = F.relu(self.bn1(self.conv1(x)))
         x = self.seen["conv2"] = F.relu_(self.bn2(self.conv2(y)) + x)
-        x = self.seen["fc1"] = F.gelu(self.fc1(F.max_pool2d(x, 8).flatten(1)))
-        return self.fc2(x)
+        x = self.seen["fc1"] = F.relu(self.fc1(F.max_pool2d(x, 8).flatten(1)))
+        return self.fc2(x + 1)
 
 
 def tiny():
@@ -276,7 +276,7 @@ def test_the_model_is_left_alone_and_frozen_weights_are_scored(criterion):
     groups = dependency_groups(seen.model, seen.example)
     free = criterion.scores(groups, seen)
     seen.model.train()
-    seen.model[1].eval()
+    seen.model[0].eval()
     seen.model.requires_grad_(False)
     seen.model[6].weight.grad = torch.ones_like(seen.model[6].weight)
     before = {name: value.clone() for name, value in seen.model.state_dict().items()}
@@ -284,7 +284,7 @@ def test_the_model_is_left_alone_and_frozen_weights_are_scored(criterion):
         frozen = criterion.scores(groups, seen)
     assert all(torch.equal(a, b) for a, b in zip(free, frozen, strict=True))
     assert all(torch.equal(value, before[name]) for name, value in seen.model.state_dict().items())
-    assert [module.training for module in seen.model] == [True, False] + [True] * 7
+    assert [module.training for module in seen.model] == [False] + [True] * 8
     assert not any(parameter.requires_grad for parameter in seen.model.parameters())
     assert (seen.model[6].weight.grad == 1).all()
     assert [name for name, p in seen.model.named_parameters() if p.grad is not None] == ["6.weight"]

@@ -97,14 +97,19 @@ def test_refused(tmp_path):
         kind.read({"data": "digits", "algorithm": "gredy"})
     with pytest.raises(InputError, match="nodes = 0"):
         kind.read({"data": "digits", "nodes": 0})
-    lines = (
-        STUDY.replace("nodes = [1, 6]", "nodes = [16]")
-        .replace("widths = [16]", "widths = [16, 8]")
-        .partition('[[grid]]\nalgorithm = ["random')
-    )
-    (tmp_path / "deep.toml").write_text(lines[0].replace("epochs = 2", "epochs = 0"))
-    (run,) = cuq.run_study(tmp_path / "deep.toml", tmp_path / "out").failed
+    deep = """
+        [study]
+        kind = "node-removal"
+        [defaults]
+        data = "digits"
+        arch-option = {widths = [16, 8]}
+        epochs = 0
+        [grid]
+        nodes = [16]
+    """
+    (tmp_path / "deep.toml").write_text(deep)
+    (run,) = cuq.run_study(tmp_path / "deep.toml", tmp_path / "deep").failed
     assert "several layers" in run.failure
-    (tmp_path / "wide.toml").write_text(lines[0].replace("epochs = 2", 'epochs = 0\nlayer = "1"'))
+    (tmp_path / "wide.toml").write_text(deep.replace("epochs = 0", 'epochs = 0\nlayer = "1"'))
     (run,) = cuq.run_study(tmp_path / "wide.toml", tmp_path / "wide").failed
     assert "nodes = 16: 1 has 16" in run.failure

@@ -375,6 +375,7 @@ def test_a_wrong_file_ends_in_one_line_and_nothing_written(fake, command, tmp_pa
         (("[0, 1]", "[0.5]"), "the run with sparsity = 0.25, seed = 0.5: seed = 0.5: expected a whole number"),
         (("epochs = 1\n", 'criterion = "l11"\n'), "did you mean 'l1'"),
         (("epochs = 1\n", 'criterion-option = {k = 1}\n'), "unknown option of l1 'k'"),
+        (("[grid]", "[choose]\nmeasure = 'ood_auroc'\n[grid]"), "no figure on held-out data"),
         (("epochs = 1\n", 'budget = "ece<0.1"\n'), "budget 'ece<0.1'"),
         (("epochs = 1\n", 'schedule = "oneshot"\n'), "did you mean 'one-shot'"),
         (("epochs = 1\n", 'uq = "mcdropout"\n'), "did you mean 'mc-dropout'"),
@@ -553,7 +554,7 @@ def test_plots_show_means_bars_and_the_dense_model(fake, tmp_path, monkeypatch):
 
 def test_the_example_reads(monkeypatch):
     folder = Path(__file__).resolve().parent.parent / "examples"
-    monkeypatch.setattr(compress_kind, "_file_hash", lambda setting, path: "0" * 64)
+    monkeypatch.setattr(cuq.study.settings, "_file_hash", lambda setting, path: "0" * 64)
     study = cuq.read_study(folder / "study.toml")
     assert study.axes == ("sparsity",)
     assert {plot.y for plot in study.plots} >= {"accuracy", "ece", "ause", "accuracy_at_50"}

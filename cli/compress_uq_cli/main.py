@@ -10,7 +10,7 @@ import traceback
 import typer
 
 import compress_uq as cuq
-from compress_uq_cli import demo, evaluate, export, methods, predict, prune, study, train, verify
+from compress_uq_cli import demo, evaluate, export, methods, predict, prune, sensitivity, study, train, verify
 from compress_uq_cli.console import complain
 
 __all__ = ["app", "main", "run"]
@@ -29,6 +29,7 @@ app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("predict")(predict.predict)
 app.command("methods")(methods.methods)
+app.command("sensitivity")(sensitivity.sensitivity)
 app.command("study")(study.study)
 app.command("demo")(demo.demo)
 

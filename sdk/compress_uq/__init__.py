@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from compress_uq.pruning import mask_weights, prune, remove_masks
     from compress_uq.report import Evaluation, ReportCard, Requirement, evaluate
     from compress_uq.runtime import OnnxPredictor
-    from compress_uq.search import Budget, SearchResult, Sensitivity, search_sparsity, sensitivity
+    from compress_uq.search import Budget, SearchResult, search_sparsity
+    from compress_uq.sensitivity import Sensitivity, sensitivity
     from compress_uq.steps import calibrate, finetune, fit_uncertainty, prepare_uncertainty
     from compress_uq.study import Study, StudyResult, plan_study, read_study, run_study
     from compress_uq.types import Prediction
@@ -46,7 +47,7 @@ _HOME = {
     "ReportCard": "report",
     "Requirement": "report",
     "SearchResult": "search",
-    "Sensitivity": "search",
+    "Sensitivity": "sensitivity",
     "Splits": "data",
     "Study": "study",
     "StudyResult": "study",
@@ -78,7 +79,7 @@ _HOME = {
     "run_study": "study",
     "save_model": "models",
     "search_sparsity": "search",
-    "sensitivity": "search",
+    "sensitivity": "sensitivity",
     "to_toml": "config",
     "train_dense": "inputs",
     "verify": "verification",

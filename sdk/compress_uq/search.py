@@ -1,4 +1,4 @@
-"""The smallest model within a budget, and how much each layer bears: decisions on held-out images, never on test."""
+"""The smallest model within a budget: decided on held-out images, never on test."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from compress_uq.data import Augmentation, Splits
 from compress_uq.errors import CalibrationError, DataError, InputError, PruningError, UnknownNameError
 from compress_uq.held_out import held_out_figures
 from compress_uq.progress import Progress, ProgressCallback, silent
-from compress_uq.pruning import PruningOptions, prunable_layers, prune
+from compress_uq.pruning import PruningOptions
 from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.steps import calibrate, fit_uncertainty
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import MSP, Method
 
-__all__ = ["Budget", "LayerTrial", "SearchResult", "Sensitivity", "Trial", "search_sparsity", "sensitivity"]
+__all__ = ["Budget", "SearchResult", "Trial", "held_out_measures", "search_sparsity"]
 
 MEASURES = ("accuracy_drop", "ece", "ause", "nll")
 _FORM = re.compile(r"\s*(\w+)\s*<=\s*([-+.\deE]+)\s*")
@@ -127,7 +127,7 @@ def search_sparsity(
         raise InputError(f"trials={trials}: expected 1 or more")
     dense, origin = unpack(model)
     config = replace(training or TrainingConfig(), epochs=epochs)
-    before, images = _measures(_plain(dense, origin, splits), splits, calibration, config, progress)
+    before, images = held_out_measures(dense, origin, splits, calibration, config, progress)
     tried: list[Trial] = []
     low, high = 0.0, largest
     for number in range(trials):
@@ -162,63 +162,17 @@ def search_sparsity(
     return SearchResult(best.sparsity, wanted, tuple(tried), epochs, images)
 
 
-@dataclass(frozen=True)
-class LayerTrial:
-    """One group of channels pruned alone, without training."""
-
-    layer: str
-    channels: int
-    ratio: float
-    measures: Mapping[str, float]
-    """`accuracy`, `nll`, `ece`, `ause`."""
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """How much each group of channels bears."""
-
-    dense: Mapping[str, float]
-    trials: tuple[LayerTrial, ...]
-    images: str
-
-
-def sensitivity(
-    model: ModelOrResult,
-    splits: Splits,
-    *,
-    ratios: Sequence[float] = (0.25, 0.5, 0.75),
-    pruning: PruningOptions | None = None,
-    calibration: str = "temperature",
-    training: TrainingConfig | None = None,
+def held_out_measures(
+    model: nn.Module, origin: Origin, splits: Splits, calibration: str, config: TrainingConfig,
     progress: ProgressCallback = silent,
-) -> Sensitivity:
-    """NLL, ECE, AUSE and accuracy on held-out images with one group of channels pruned at a time, not fine-tuned.
-
-    Layers that lose channels together are one group, so that no layer is blamed for another. Batch norm is
-    recalibrated where there is a `train` split.
+) -> tuple[dict[str, float], str]:  # fmt: skip
+    """Accuracy, NLL, ECE and AUSE of a plain model on held-out images, calibrated, and which images those are.
 
     Raises:
-        InputError: a ratio that is not a share, or no held-out images.
-        PruningError: nothing can be pruned.
+        DataError: there are no held-out images.
     """
-    options: PruningOptions = {"round_to": 1, **(pruning or {})}
-    dense, origin = unpack(model)
-    config = training or TrainingConfig()
-    before, images = _measures(_plain(dense, origin, splits), splits, calibration, config, progress)
-    layers = prunable_layers(dense, splits.example(), keep=options.get("keep", ()))
-    found = []
-    for number, (name, channels) in enumerate(layers.items()):
-        for ratio in ratios:
-            progress(Progress("sensitivity", number, len(layers), f"{name} at {ratio}"))
-            alone: PruningOptions = {**options, "sparsity": {name: ratio}}
-            result = prune(dense, splits.example(), splits=splits, training=config, seed=config.seed, **alone)
-            measured, _ = _measures(_plain(result.model, result.origin, splits), splits, calibration, config, progress)
-            found.append(LayerTrial(name, channels, ratio, measured))
-    return Sensitivity(before, tuple(found), images)
-
-
-def _plain(model: nn.Module, origin: Origin, splits: Splits) -> UncertainModel:
-    return UncertainModel(MSP().fit(model, origin), MSP(), origin.of_data(splits))
+    plain = UncertainModel(MSP().fit(model, origin), MSP(), origin.of_data(splits))
+    return _measures(plain, splits, calibration, config, progress)
 
 
 def _measures(

@@ -151,6 +151,7 @@ class _Builder:
         self.modules = {name: module for module, name in names.items()}
         self.surgeon = Surgeon()
         self.passages: dict[Any, str] = {}
+        self.ranges: dict[int, tuple[list[int], Tensor]] = {}
 
     def draft(self, items: Any) -> _Draft:
         """From a group of the dependency graph."""
@@ -158,7 +159,10 @@ class _Builder:
         for item in items:
             module = item.dep.target.module
             outward = self.traced.graph.is_out_channel_pruning_fn(item.dep.handler)
-            indices, channels = torch.as_tensor(item.idxs), torch.as_tensor(item.root_idxs)
+            if module not in self.traced.loose and module not in self.names:
+                draft.obstacle = draft.obstacle or self._passage(item.dep.target)
+                continue
+            indices, channels = self._positions(item.idxs), self._positions(item.root_idxs)
             if module in self.traced.loose:
                 self._loose(draft, module, indices, channels)
             elif module in self.blocks:
@@ -171,12 +175,18 @@ class _Builder:
                     draft.cuts.append(Cut(axis, indices, channels, cut_parameter(module, key, 0)))
                     draft.sizes[axis] = width
                 draft.after.append(partial(_tell_block, block))
-            elif module in self.names:
+            else:
                 self._layer(draft, self.names[module], module, "out" if outward else "in", indices, channels)
-            elif not draft.obstacle:
-                draft.obstacle = self._passage(item.dep.target)
         self._sizes_of_parents(draft)
         return draft
+
+    def _positions(self, numbers: list[int]) -> Tensor:
+        """Most lists are 0, 1, 2, ...; making those anew would take longer than the trace."""
+        count = len(numbers)
+        if count not in self.ranges:
+            self.ranges[count] = list(range(count)), torch.arange(count)
+        plain, tensor = self.ranges[count]
+        return tensor if numbers == plain else torch.as_tensor(numbers)
 
     def _passage(self, node: Any) -> str:
         if node not in self.passages:
@@ -289,6 +299,8 @@ def _claim(drafts: Sequence[_Draft]) -> None:
             owner = owners.setdefault(cut.axis, torch.full((draft.sizes[cut.axis],), -1))
             others = owner[cut.indices]
             owner[cut.indices] = number
+            if int(others.max()) < 0:
+                continue
             for other in {int(o) for o in others.unique()} - {-1, number}:
                 for one in (draft, drafts[other]):
                     one.obstacle = one.obstacle or "another group has the same place in a layer"

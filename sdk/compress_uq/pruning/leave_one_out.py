@@ -142,10 +142,12 @@ class _Tally:
         images = slice(start, start + logits.shape[1])
         labels = self._labels[images].expand(len(logits), 1, -1)
         # Classes ahead of images: what is summed over is then far apart in memory, which vectorises.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2).contiguous()
-        right = logits.gather(1, labels)
-        self._loss[choices] -= logits.log_softmax(1).gather(1, labels).double().sum((1, 2))
-        self._hits[choices] += ((logits >= right).sum(1) == 1).double() @ self._members[images]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
+        log_probabilities = logits.contiguous().log_softmax(1)
+        right = log_probabilities.gather(1, labels)[:, 0]
+        self._loss[choices] -= right.double().sum(1)
+        rivals = log_probabilities.scatter_(1, labels, -torch.inf).amax(1)
+        self._hits[choices] += (right > rivals).double() @ self._members[images]
 
     def answers(self) -> Answers:
         count = len(self._labels)

@@ -220,8 +220,8 @@ class _Size:
             raise PruningError(f"sparsity={amount} and target={goal} were given: expected one of the two")
         if amount is None and goal is None and not rule.sizes_itself:
             raise PruningError(
-                f"criterion {rule.name!r} does not decide how much goes: give a sparsity such as 0.6, or a target such "
-                "as macs=0.5"
+                f"criterion {rule.name!r} does not decide how much goes: pass --sparsity 0.6, --target macs=0.5, or "
+                "another size"
             )
         if scope not in ("layer", "global"):
             raise UnknownNameError("scope", scope, ("layer", "global"))

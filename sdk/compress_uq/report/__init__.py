@@ -2,5 +2,16 @@
 
 from compress_uq.report.card import ReportCard, Requirement, markdown, table_rows
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
+from compress_uq.report.layers import layer_pages
 
-__all__ = ["Cost", "Evaluation", "ReportCard", "Requirement", "evaluate", "markdown", "onnx_milliseconds", "table_rows"]
+__all__ = [
+    "Cost",
+    "Evaluation",
+    "ReportCard",
+    "Requirement",
+    "evaluate",
+    "layer_pages",
+    "markdown",
+    "onnx_milliseconds",
+    "table_rows",
+]

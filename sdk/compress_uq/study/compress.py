@@ -2,96 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from torch import nn
 
-from compress_uq.calibration import CALIBRATORS
-from compress_uq.config import TrainingConfig, configured
-from compress_uq.errors import CalibrationError, InputError, ModelError, UnknownNameError
+from compress_uq.errors import CalibrationError
 from compress_uq.held_out import held_out_figures
-from compress_uq.inputs import ModelAndData, configure_method, initial_model, open_model_and_data, train_dense
+from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
 from compress_uq.metrics import METRICS
-from compress_uq.pruning import SCHEDULES, PruneResult, PruningOptions, configured_criterion, prune
+from compress_uq.pruning import PruneResult, PruningOptions
 from compress_uq.report import Evaluation, evaluate
-from compress_uq.search import Budget, search_sparsity
+from compress_uq.search import search_sparsity
 from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import Origin
-from compress_uq.steps import FinetuneResult, calibrate, finetune, fit_uncertainty, training_config
-from compress_uq.storage import sha256
+from compress_uq.steps import FinetuneResult, calibrate, finetune, fit_uncertainty
 from compress_uq.study.kind import Context, Kind, Outcome
-from compress_uq.study.values import conform, plain_hints, plain_text, to_name
+from compress_uq.study.settings import (
+    HINTS,
+    WITHOUT_BEARING,
+    CompressSettings,
+    changed,
+    configuration,
+    identity,
+    of_dense,
+    read_settings,
+)
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import METHODS, MSP, Method
+from compress_uq.uq import MSP, Method
 
-__all__ = ["CompressKind", "CompressSettings", "Inputs"]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where a run's model and data come from; the names are those of `compress-uq prune`."""
-
-    model: str | None = None
-    """A model file; without one, `arch` is trained on `data`."""
-    arch: str | None = None
-    arch_option: Mapping[str, Any] | None = None
-    num_classes: int | None = None
-    data: str | None = None
-    data_root: str = "data"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    ood: str | tuple[str, ...] = ()
-    unsafe_load: bool = False
-
-
-@dataclass(frozen=True)
-class CompressSettings:
-    """All that one run is made from."""
-
-    inputs: Inputs
-    model: Mapping[str, Any]
-    """What tells one dense model from another: its file's hash, or how it is trained."""
-    dense: TrainingConfig
-    """How the dense model is trained where no file is given."""
-    pruning: Mapping[str, Any]
-    """What `prune` is told; criterion and schedule are configured."""
-    initial: str | None
-    """File of the model before its training, for a schedule that rewinds."""
-    budget: tuple[Budget, ...]
-    """What pruning may cost in quality, where that decides the size."""
-    method: Method
-    calibration: str
-    training: TrainingConfig
-    control: bool
-
-
-def _method_options() -> dict[str, Any]:
-    """Type hints of the options of all methods, under the command line's names."""
-    names = {"p": "dropout", "at": "dropout_at"}
-    return {
-        names.get(field.name, field.name): get_type_hints(entry.value)[field.name]
-        for entry in METHODS
-        for field in fields(entry.value)
-    }
-
-
-# Where a name is a training's and pruning's, it is pruning's, as on the command line.
-_PRUNING = plain_hints(get_type_hints(PruningOptions))
-_METHOD = _method_options()
-_INPUTS = get_type_hints(Inputs)
-_TRAINING = {name: hint for name, hint in get_type_hints(TrainingConfig).items() if name not in _PRUNING}
-_TABLE = Mapping[str, Any]
-_OWN = {
-    "uq": str, "calibration": str, "control": bool, "dense": _TABLE, "initial": str,
-    "criterion_option": _TABLE, "schedule_option": _TABLE, "budget": str | tuple[str, ...],
-}  # fmt: skip
-_HINTS = {**_INPUTS, **_METHOD, **_TRAINING, **_PRUNING, **_OWN}
+__all__ = ["CompressKind"]
 
 _PREFIXES = ("", "dense_", "dense_calibrated_", "control_", "held_out_")
 _QUALITY = (*METRICS.names, "worst_class_accuracy")
@@ -100,7 +43,7 @@ _COSTS = (
     "parameters", "parameters_share", "macs", "macs_share", "pass_macs", "pass_macs_share", "size_bytes",
     "dense_parameters", "dense_macs", "dense_size_bytes", "sparsity_reached", "training_seconds",
 )  # fmt: skip
-_NO_BEARING = ("device", "workers")
+_NEVER_HELD_OUT = ("held_out_ood_auroc", "held_out_worst_class_accuracy")
 
 
 class CompressKind(Kind[CompressSettings]):
@@ -108,64 +51,24 @@ class CompressKind(Kind[CompressSettings]):
 
     shown = ("accuracy", "accuracy_drop", "ece", "ause", "accuracy_at_50", "parameters_share", "pass_macs_share")
     axis = "sparsity"
-    settings = frozenset(_HINTS)
-    measures = frozenset({f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} | {*_DROPS, *_COSTS})
-    without_bearing = frozenset({*_NO_BEARING, "data_root", "unsafe_load"})
+    settings = frozenset(HINTS)
+    measures = frozenset(
+        {f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} - {*_NEVER_HELD_OUT} | {*_DROPS, *_COSTS}
+    )
+    without_bearing = WITHOUT_BEARING
 
     def read(self, values: Mapping[str, Any]) -> CompressSettings:
         """The settings, each checked as far as it can be before a model is opened."""
-        given = {name: conform(name.replace("_", "-"), value, _HINTS[name]) for name, value in values.items()}
-        inputs = Inputs(**_part(given, _INPUTS))
-        training = TrainingConfig(**_part(given, _TRAINING))
-        training_config(training, {})
-        pruning = _part(given, _PRUNING)
-        pruning["criterion"] = configured_criterion(
-            pruning.get("criterion", "l1"), _texts(given.get("criterion_option", {}))
-        )
-        pruning["schedule"] = configured(
-            SCHEDULES[pruning.get("schedule", "one-shot")], _texts(given.get("schedule_option", {}))
-        )
-        calibration = given.get("calibration", "temperature")
-        CALIBRATORS[calibration]
-        method, _ = configure_method(given.get("uq", "mc-dropout"), {**_part(given, _METHOD), "seed": training.seed})
-        if inputs.model is not None and "dense" in given:
-            raise InputError(
-                f"dense says how a model is trained, and model = {inputs.model!r} is: leave out one of them"
-            )
-        dense = _dense_training(given.get("dense", {}), training)
-        return CompressSettings(
-            inputs=inputs,
-            model=_dense_model(inputs, dense),
-            dense=dense,
-            pruning=pruning,
-            initial=given.get("initial"),
-            budget=_budget(given.get("budget", ())),
-            method=method,
-            calibration=calibration,
-            training=training,
-            control=given.get("control", False),
-        )
+        return read_settings(values)
 
     def identity(self, settings: CompressSettings) -> Mapping[str, Any]:
         """What differs from the defaults, so that a default that is spelled out changes nothing."""
-        defaults = inspect.signature(prune).parameters
-        plain = {k: v for k, v in settings.pruning.items() if k not in ("criterion", "schedule")}
-        return {
-            **_of_dense(settings),
-            "pruning": {k: v for k, v in plain.items() if v != defaults[k].default},
-            "criterion": _configuration(settings.pruning["criterion"]),
-            "schedule": _configuration(settings.pruning["schedule"]),
-            "budget": [str(budget) for budget in settings.budget],
-            "initial": None if settings.initial is None else _file_hash("initial", settings.initial),
-            "uq": _configuration(settings.method),
-            "training": _changed(settings.training),
-            "control": settings.control,
-        }
+        return identity(settings)
 
     def run(self, settings: CompressSettings, context: Context) -> Outcome:
         """The stages, each once; what the dense model scores is shared by all runs on it."""
-        opened = context.shared.remembered(_of_dense(settings), lambda: _open(settings, context))
-        dense = context.shared.record("dense", _of_dense(settings), lambda: _dense_figures(settings, opened, context))
+        opened = context.shared.remembered(of_dense(settings), lambda: _open(settings, context))
+        dense = context.shared.record("dense", of_dense(settings), lambda: _dense_figures(settings, opened, context))
         run = _Run(settings, opened, context)
         pruned, tuned = run.shrunk()
         uncertain = run.calibrated(fit_uncertainty(tuned, opened.splits))
@@ -289,12 +192,12 @@ def _control(
             device=settings.training.device, progress=context.progress, stage="control",
         ), "control_")  # fmt: skip
 
-    identity = {
-        **_of_dense(settings),
-        "uq": _configuration(method),
-        "training": _changed(settings.training),
+    key = {
+        **of_dense(settings),
+        "uq": configuration(method),
+        "training": changed(settings.training),
     }
-    return context.shared.record("control", identity, make)
+    return context.shared.record("control", key, make)
 
 
 def _quality(evaluation: Evaluation, prefix: str = "") -> dict[str, float | None]:
@@ -346,75 +249,3 @@ def _open(settings: CompressSettings, context: Context) -> ModelAndData:
         root=inputs.data_root, mean=inputs.mean, std=inputs.std,
         ood=(inputs.ood,) if isinstance(inputs.ood, str) else inputs.ood, unsafe=inputs.unsafe_load,
     )  # fmt: skip
-
-
-def _of_dense(settings: CompressSettings) -> dict[str, Any]:
-    """What tells one dense model with its data and calibration from another."""
-    kept = {k: v for k, v in _changed(settings.inputs).items() if k not in ("model", "data_root", "unsafe_load")}
-    return {"model": settings.model, "inputs": kept, "calibration": settings.calibration}
-
-
-def _dense_model(inputs: Inputs, dense: TrainingConfig) -> dict[str, Any]:
-    """What tells a dense model from another: its file's hash, or how it is trained.
-
-    Raises:
-        InputError: neither a file nor what to train.
-    """
-    if inputs.model is not None:
-        return {"sha256": _file_hash("model", inputs.model)}
-    if inputs.arch is None or inputs.data is None:
-        raise InputError("a run needs model, a file, or arch and data, from which a dense model is trained")
-    return {"arch": inputs.arch, "arch_option": inputs.arch_option, "data": inputs.data, "training": _changed(dense)}
-
-
-def _file_hash(setting: str, path: str) -> str:
-    try:
-        found = Path(path).stat()
-    except OSError as error:
-        raise ModelError(f"{setting} = {path!r}: no such file") from error
-    return _hash_of(path, found.st_mtime_ns, found.st_size)
-
-
-@lru_cache(maxsize=64)
-def _hash_of(path: str, _changed_at: int, _size: int) -> str:
-    return sha256(Path(path))
-
-
-def _budget(given: str | tuple[str, ...]) -> tuple[Budget, ...]:
-    return tuple(Budget.parse(text) for text in ((given,) if isinstance(given, str) else given))
-
-
-def _dense_training(given: Mapping[str, Any], training: TrainingConfig) -> TrainingConfig:
-    """How the dense model is trained; the run's own seed and device, unless others are given."""
-    hints = get_type_hints(TrainingConfig)
-    values: dict[str, Any] = {"seed": training.seed, "device": training.device, "workers": training.workers}
-    for key, value in given.items():
-        name = to_name(key)
-        if name not in hints:
-            raise UnknownNameError("setting of dense", key, (h.replace("_", "-") for h in hints))
-        values[name] = conform(f"dense {key}", value, hints[name])
-    return TrainingConfig(**values)
-
-
-def _part(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in names}
-
-
-def _texts(options: Mapping[str, Any]) -> dict[str, str]:
-    """Options as the command line gives them."""
-    return {to_name(key): plain_text(value) for key, value in options.items()}
-
-
-def _configuration(chosen: Any) -> dict[str, Any]:
-    """A configured plug-in in plain values."""
-    return {"name": chosen.name, **_changed(chosen)}
-
-
-def _changed(chosen: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from its defaults and have a bearing on what is found."""
-    default = type(chosen)()
-    return {
-        f.name: getattr(chosen, f.name)
-        for f in fields(chosen)
-        if getattr(chosen, f.name) != getattr(default, f.name) and f.name not in _NO_BEARING
-    }
