@@ -181,7 +181,7 @@ def test_taylor_equals_torch_pruning():
 
 def test_hessian_tends_to_the_diagonal_of_torch_func():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     seen = evidence(model.double(), (1, 2, 2), training=cuq.TrainingConfig(batch_size=5))
     images, labels = everything(seen)
 

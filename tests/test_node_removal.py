@@ -85,7 +85,8 @@ def test_the_setting_is_the_thesis():
     assert own("mlp", (1, 28, 28), **read.arch_option)[1].out_features == 128
     training = read.training
     assert (training.optimizer, training.lr, training.batch_size, training.epochs) == ("adam", 0.001, 32, 5)
-    assert (training.weight_decay, training.augment, training.seed) == (0, "none", 3)
+    assert (training.lr_schedule, training.weight_decay, training.augment) == ("constant", 0, "none")
+    assert (read.initial, training.seed) == ("glorot", 3)
     assert (read.mean, read.std, read.removals) == ((0.0,), (1.0,), 20)
 
 
@@ -95,6 +96,8 @@ def test_refused(tmp_path):
         kind.read({})
     with pytest.raises(UnknownNameError, match="did you mean 'greedy'"):
         kind.read({"data": "digits", "algorithm": "gredy"})
+    with pytest.raises(UnknownNameError, match="initial 'keras'"):
+        kind.read({"data": "digits", "initial": "keras"})
     with pytest.raises(InputError, match="nodes = 0"):
         kind.read({"data": "digits", "nodes": 0})
     deep = """

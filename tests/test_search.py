@@ -84,3 +84,18 @@ def test_sensitivity_blames_the_layer_that_hurts(dense, splits):
         dense.model, splits.example(), sparsity={name: 0.25}, round_to=1, splits=splits, training=QUICK, seed=QUICK.seed
     )
     assert [layer.name for layer in alone.layers if layer.removed] == [name]
+
+
+def test_the_sensitivity_command_writes_a_table_and_a_plot(checkpoint, command, tmp_path):
+    code, out, err = command("sensitivity", checkpoint, "--ratios", "0.5", "--out", "s", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    lines = (tmp_path / "s" / "sensitivity.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(found["trials"])
+    assert (tmp_path / "s" / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "s" / "sensitivity.md").read_text()
+    assert all(f"| {trial['layer']} | {trial['channels']} | 0.5 |" in page for trial in found["trials"])
+    code, _, err = command("sensitivity", checkpoint, "--ratios", "1.5", "--out", "t")
+    assert code == 2
+    assert "1.5" in err
+    assert not (tmp_path / "t").exists()

@@ -99,6 +99,8 @@ REARRANGED = {
     "flip": lambda x: x.flip(1),
     "index": lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
     "roll": lambda x: x.roll(1, 1),
+    "slice": lambda x: x[:, 2:14],
+    "unequal split": lambda x: x.split((6, 10), 1)[1],
     "pixel unshuffle": lambda x: F.pixel_unshuffle(x, 2),
     "tokens flattened": lambda x: x.flatten(2).transpose(1, 2).flatten(1)[:, :, None, None],
 }
@@ -113,6 +115,20 @@ def test_channels_that_change_places_are_kept(name, caplog):
         result = cuq.prune(model, images, sparsity=0.5, round_to=1)
     assert [layer.name for layer in result.layers] == ["last"]
     assert "first keeps its channels: " in caplog.text
+
+
+class Halves(nn.Module):
+    """Chunks of channels that are multiplied with each other, and chunks that go different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gated = nn.Conv2d(3, 32, 3), nn.Conv2d(16, 32, 1)
+        self.left, self.right, self.head = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 24, 1), nn.Linear(40, 4)
+
+    def forward(self, x):
+        value, gate = self.first(x).chunk(2, 1)
+        a, b = self.gated(value * gate.sigmoid()).chunk(2, 1)
+        return self.head(torch.cat([self.left(a).relu(), self.right(b).relu()], 1).mean((2, 3)))
 
 
 class Masks(nn.Module):
@@ -155,6 +171,7 @@ STRUCTURES = {
     "reused": (Reused, 16, 0),
     "views": (Views, 16, 0),
     "attention": (Attention, 16, 0),
+    "halves": (Halves, 16, 0),
     "masks": (Masks, 16, 0),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ class TrainingConfig:
     """`sgd` (Nesterov momentum 0.9) or `adam`."""
     weight_decay: float = 5e-4
     lr_schedule: str = "one-cycle"
-    """`one-cycle` (up for a quarter, then down) or `cosine`."""
+    """`one-cycle` (up for a quarter, then down), `cosine` or `constant`."""
     augment: str = "auto"
     """A name of `compress-uq methods`, or `auto`: what suits the data set."""
     class_weights: str | tuple[float, ...] = "none"
@@ -53,7 +53,7 @@ class TrainingConfig:
         _check("distillation_temperature", temperature, temperature > 0, "above 0")
         _check("workers", self.workers, self.workers >= 0, "0 or more")
         _choice("optimizer", self.optimizer, ("sgd", "adam"))
-        _choice("lr_schedule", self.lr_schedule, ("one-cycle", "cosine"))
+        _choice("lr_schedule", self.lr_schedule, ("one-cycle", "cosine", "constant"))
         if isinstance(self.class_weights, str):
             _choice("class_weights", self.class_weights, ("none", "balanced"))
         elif any(not math.isfinite(w) or w < 0 for w in self.class_weights) or not any(self.class_weights):

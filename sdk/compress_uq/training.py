@@ -300,6 +300,10 @@ def _cosine(optimizer: torch.optim.Optimizer, _config: TrainingConfig, steps: in
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
+def _constant(optimizer: torch.optim.Optimizer, _config: TrainingConfig, _steps: int) -> Any:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
 _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adam": _adam,
@@ -307,4 +311,5 @@ _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], TrainingConfig], torch.opti
 _SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, TrainingConfig, int], Any]] = {
     "one-cycle": _one_cycle,
     "cosine": _cosine,
+    "constant": _constant,
 }

@@ -19,10 +19,10 @@ from compress_uq.cost import interleaved_milliseconds
 from compress_uq.pruning.graph import Group, dependency_groups
 from compress_uq.pruning.leave_one_out import Ablation
 
-BATCH, ROUNDS = 256, 7
+BATCH, ROUNDS = 256, 9
 # what -> (architecture, its options, shape, the layer, images)
 CASES = {
-    "MLP 784-128-10, its 128 nodes": ("mlp", {"widths": (128,)}, (1, 28, 28), "1", 2048),
+    "MLP 784-128-10, its 128 nodes": ("mlp", {"widths": (128,)}, (1, 28, 28), "1", 4096),
     "MLP 784-128-128-128-10, last hidden layer": ("mlp", {"widths": (128, 128, 128)}, (1, 28, 28), "5", 1024),
     "MLP 784-128-128-128-10, first hidden layer": ("mlp", {"widths": (128, 128, 128)}, (1, 28, 28), "1", 1024),
     "CNN, 28x28, first of four convolutions, 32 channels": ("cnn", {"widths": (32,) * 4}, (1, 28, 28), "0", 128),

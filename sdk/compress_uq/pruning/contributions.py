@@ -24,7 +24,7 @@ def less(layer: nn.Module, seen: Tensor, answer: Tensor, positions: Tensor) -> T
         answer: (N, ...) its output.
         positions: (P,) of the inputs.
     """
-    found: Tensor = _Less.apply(seen, answer, positions, layer)  # type: ignore[no-untyped-call]
+    found: Tensor = _Less.apply(seen, answer, positions, layer)
     return found
 
 
@@ -60,7 +60,7 @@ def _linear(layer: Any, seen: Tensor, answer: Tensor, positions: Tensor, mapped:
     columns = seen.reshape(-1, seen.shape[-1]).T[positions]
     whole = answer.reshape(-1, answer.shape[-1]).T.expand(count, -1, -1)
     found = torch.baddbmm(whole, weight.transpose(1, 2), columns, alpha=-1)
-    return found.transpose(1, 2).unflatten(1, answer.shape[:-1])
+    return found.transpose(1, 2).view(count, *answer.shape)
 
 
 def _convolution(layer: Any, seen: Tensor, answer: Tensor, positions: Tensor, mapped: bool) -> Tensor:

@@ -38,6 +38,8 @@ class Evidence:
     progress: ProgressCallback = silent
     checkpoint: Path | None = None
     """File that a training resumes from and writes after every epoch."""
+    history: list[Epoch] = field(default_factory=list)
+    """Every epoch that was trained on the way, added as it is done."""
 
     def images(self, criterion: str, count: int, batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of training images (N, C, H, W) and labels (N,): `count` images of a random order fixed by the seed.
@@ -56,7 +58,7 @@ class Evidence:
             if seen >= count:
                 return
 
-    def train(self, criterion: str, after_backward: AfterBackward | None = None) -> tuple[Epoch, ...]:
+    def train(self, criterion: str, after_backward: AfterBackward | None = None) -> None:
         """Train the model in place, as fine-tuning does, with a hand on the gradients of each step; eval mode after it.
 
         Raises:
@@ -67,7 +69,7 @@ class Evidence:
             raise PruningError(f"criterion {criterion!r} prunes while it trains, for 0 epochs: give it 1 or more")
         train = self._train(criterion)
         assert self.splits is not None
-        return fit_network(
+        epochs = fit_network(
             self.model,
             train,
             self.training,
@@ -78,6 +80,7 @@ class Evidence:
             checkpoint=self.checkpoint,
             after_backward=after_backward,
         )
+        self.history.extend(epochs)
 
     def _train(self, criterion: str):  # type: ignore[no-untyped-def]
         if self.splits is None:

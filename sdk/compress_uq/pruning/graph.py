@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress_uq.errors import PruningError
 from compress_uq.pruning.axes import axis_size, divisions, surgery
 from compress_uq.pruning.blocks import Block, Share, find_blocks
-from compress_uq.pruning.passage import obstacle
+from compress_uq.pruning.passage import obstacle, split_parts
 from compress_uq.pruning.refusals import refuse_unprunable
 from compress_uq.pruning.surgery import Cut, Surgeon, cut_parameter
 from compress_uq.pruning.tracing import Trace, trace
@@ -150,7 +150,7 @@ class _Builder:
         self.traced, self.blocks, self.names, self.frozen = traced, blocks, names, frozen
         self.modules = {name: module for module, name in names.items()}
         self.surgeon = Surgeon()
-        self.passages: dict[Any, str] = {}
+        self.passages: dict[Any, tuple[str, int | None]] = {}
         self.ranges: dict[int, tuple[list[int], Tensor]] = {}
 
     def draft(self, items: Any) -> _Draft:
@@ -160,7 +160,7 @@ class _Builder:
             module = item.dep.target.module
             outward = self.traced.graph.is_out_channel_pruning_fn(item.dep.handler)
             if module not in self.traced.loose and module not in self.names:
-                draft.obstacle = draft.obstacle or self._passage(item.dep.target)
+                self._operation(draft, item)
                 continue
             indices, channels = self._positions(item.idxs), self._positions(item.root_idxs)
             if module in self.traced.loose:
@@ -188,10 +188,15 @@ class _Builder:
         plain, tensor = self.ranges[count]
         return tensor if numbers == plain else torch.as_tensor(numbers)
 
-    def _passage(self, node: Any) -> str:
+    def _operation(self, draft: _Draft, item: Any) -> None:
+        """What is no layer may change the order of channels, or divide them."""
+        node = item.dep.target
         if node not in self.passages:
-            self.passages[node] = obstacle(self.traced.graph, node)
-        return self.passages[node]
+            self.passages[node] = obstacle(self.traced.graph, node), split_parts(self.traced.graph, node)
+        reason, parts = self.passages[node]
+        draft.obstacle = draft.obstacle or reason or ("" if parts else "they are split into unequal parts")
+        if parts and parts > 1:
+            self._divide(draft, parts, draft.channels, self._positions(item.idxs), self._positions(item.root_idxs))
 
     def inner(self, module: nn.Module, shares: Sequence[Share]) -> _Draft:
         """From a group inside a block."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress_uq.cost import evaluation_mode
 from compress_uq.data import check_labels
@@ -78,7 +76,7 @@ class Measured(Criterion):
 
 
 class Gradients:
-    """Derivatives of the mean cross-entropy by layers' weights, for a model whose own gradients and flags stay.
+    """Derivatives by layers' weights, for a model whose own gradients and flags stay.
 
     Differentiated are stand-ins of the weights, so that frozen weights have gradients too.
     """
@@ -87,17 +85,20 @@ class Gradients:
         self._criterion, self._model, self._names = criterion, evidence.model, list(layers)
         self.weights = [layer.get_parameter("weight").detach().requires_grad_() for layer in layers.values()]
 
-    @contextmanager
-    def loss(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-        """The mean cross-entropy of a batch, differentiable as often as wanted inside the block."""
+    def logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Logits (N, K) of a batch, whose labels are checked."""
         stand_ins = {f"{name}.weight": weight for name, weight in zip(self._names, self.weights, strict=True)}
-        # Fused attention has no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad():
             logits = as_logits(functional_call(self._model, stand_ins, (images,)))
-            check_labels(labels, logits.shape[1])
-            yield F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        check_labels(labels, logits.shape[1])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def of(self, value: Tensor, *, create_graph: bool = False, retain_graph: bool = False) -> list[Tensor]:
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of a batch."""
+        with torch.enable_grad():
+            return F.cross_entropy(self.logits(images, labels), labels)
+
+    def of(self, value: Tensor, *, retain_graph: bool = False) -> list[Tensor]:
         """The gradient of a scalar by every weight.
 
         Raises:
@@ -105,9 +106,7 @@ class Gradients:
         """
         if not value.requires_grad:
             raise PruningError(self._unreached(self._names[0]))
-        found = torch.autograd.grad(
-            value, self.weights, create_graph=create_graph, retain_graph=create_graph or retain_graph, allow_unused=True
-        )
+        found = torch.autograd.grad(value, self.weights, retain_graph=retain_graph, allow_unused=True)
         for name, gradient in zip(self._names, found, strict=True):
             if gradient is None:
                 raise PruningError(self._unreached(name))
@@ -115,8 +114,8 @@ class Gradients:
 
     def _unreached(self, name: str) -> str:
         return (
-            f"criterion {self._criterion!r} needs the gradient of the loss by the weight of {name}, and there is none: "
-            "forward() cuts it off (detach, no_grad) or does not use the layer; take another criterion, or keep it"
+            f"criterion {self._criterion!r} needs the gradient of the logits by the weight of {name}, and there is "
+            "none: forward() cuts it off (detach, no_grad) or leaves the layer out; take another criterion, or keep it"
         )
 
 

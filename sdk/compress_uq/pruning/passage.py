@@ -8,7 +8,7 @@ from typing import Any
 from torch_pruning import ops
 from torch_pruning.dependency import shape_infer
 
-__all__ = ["mark_reshapes", "obstacle"]
+__all__ = ["mark_reshapes", "obstacle", "split_parts"]
 
 _REARRANGING = frozenset("PixelShuffle PixelUnshuffle Im2Col Col2Im".split())
 _ALONG_A_DIMENSION = frozenset("Index IndexSelect Flip Roll Gather Sort".split())
@@ -29,6 +29,8 @@ def obstacle(graph: Any, node: Any) -> str:
     name = type(node.grad_fn).__name__.rstrip("0123456789").removesuffix("Backward")
     if isinstance(node.module, ops._ReshapeOp):
         return _through_view(graph, node)
+    if isinstance(node.module, ops._SliceOp):
+        return _through_slice(graph, node)
     if not isinstance(node.module, ops._ElementWiseOp):
         return ""
     if name in _REARRANGING:
@@ -39,6 +41,29 @@ def obstacle(graph: Any, node: Any) -> str:
         if any(0 <= dim < len(shape) and shape[dim] == width for dim in _dimensions(node.grad_fn, len(shape))):
             return f"{name} rearranges them"
     return ""
+
+
+def split_parts(graph: Any, node: Any) -> int | None:
+    """Into how many equal parts a split divides the channels: 1 where it is none of channels, None if unequal."""
+    grad_fn = node.grad_fn
+    if not isinstance(node.module, ops._SplitOp) or not hasattr(grad_fn, "_saved_self_sym_sizes"):
+        return 1
+    shape = grad_fn._saved_self_sym_sizes
+    size = shape[_dimensions(grad_fn, len(shape))[0]]
+    if size != _width(graph, node):
+        return 1
+    if hasattr(grad_fn, "_saved_split_sizes"):
+        sizes = set(grad_fn._saved_split_sizes)
+        return int(size // sizes.pop()) if len(sizes) == 1 else None
+    return None if size % grad_fn._saved_split_size else int(size // grad_fn._saved_split_size)
+
+
+def _through_slice(graph: Any, node: Any) -> str:
+    grad_fn = node.grad_fn
+    shape = grad_fn._saved_self_sym_sizes
+    size = shape[_dimensions(grad_fn, len(shape))[0]]
+    whole = grad_fn._saved_start == 0 and grad_fn._saved_end >= size and grad_fn._saved_step == 1
+    return "a slice takes some of them by number" if not whole and size == _width(graph, node) else ""
 
 
 def _through_view(graph: Any, node: Any) -> str:

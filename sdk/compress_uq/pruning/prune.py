@@ -22,7 +22,7 @@ from compress_uq.pruning.batch_norm import recalibrate_batch_norm
 from compress_uq.pruning.criteria import resolve_criterion
 from compress_uq.pruning.criterion import Criterion, Evidence
 from compress_uq.pruning.graph import Group, dependency_groups
-from compress_uq.pruning.refusals import refuse_broken, refuse_unprunable
+from compress_uq.pruning.refusals import naming_what_breaks, refuse_unprunable
 from compress_uq.pruning.rewind import Rewinder
 from compress_uq.pruning.schedules import SCHEDULES, Schedule
 from compress_uq.pruning.targets import TargetReached, meet_target
@@ -145,43 +145,20 @@ def prune(
     flags = {name: p.requires_grad for name, p in pruned.named_parameters()}
     modes = {name: module.training for name, module in pruned.named_modules()}
     pruned.eval()
-    _try(pruned, example)
-    before = measure_cost(pruned, example.shape[1:])
+    before = _first_cost(pruned, example)
     evidence = Evidence(
         pruned, example, splits, training or TrainingConfig(), augment, teacher, seed, progress,
         None if work_dir is None else work_dir / "pruning-0.pt",
     )  # fmt: skip
     rewinder = _rewinder(plan, given, initial, evidence)
 
-    record: _Record | None = None
-    history: tuple[Epoch, ...] = ()
-    reached: TargetReached | None = None
-    steps = plan.steps(evidence.training.epochs if plan.share else 0)
-    final: dict[str, int] | None = None
-    for number, step in enumerate(steps):
-        groups = asked.prunable(dependency_groups(pruned, example))
-        step_rule = rule if step.criterion is None else resolve_criterion(step.criterion)
-        if record is None:
-            record = _Record.of(groups)
-            final, reached = asked.counts(pruned, example, groups, step_rule, evidence, before)
-        counts = None if final is None else record.due(groups, final, step.fraction)
-        chosen = step_rule.choose(groups, evidence, counts)
-        for group, channels in zip(groups, chosen, strict=True):
-            record.take(group.name, channels)
-            if channels:
-                group.remove(channels)
-        _restore(pruned, flags)
-        if rewinder is not None and step.rewind:
-            rewinder.rewind(pruned, record.removed)
-        if step.epochs:
-            history += _between(evidence, step.epochs, number + 1, work_dir)
-    assert record is not None
+    record, reached = _remove_in_steps(pruned, rule, plan, asked, evidence, before, rewinder, flags)
     if not record.anything:
         raise PruningError(asked.nothing(record))
-    refuse_broken(pruned, example)
-    if recalibrate and splits is not None and splits.train is not None:
-        recalibrate_batch_norm(pruned, evidence, modes)
-    after = measure_cost(pruned, example.shape[1:])
+    with naming_what_breaks(pruned):
+        if recalibrate and splits is not None and splits.train is not None:
+            recalibrate_batch_norm(pruned, evidence, modes)
+        after = measure_cost(pruned, example.shape[1:])
     for name, module in pruned.named_modules():
         module.training = modes[name]
     origin = Origin(
@@ -190,7 +167,14 @@ def prune(
     if reached is not None:
         reached = reached.measured(before, after)
     return PruneResult(
-        pruned.to(home), before, after, record.layers(), origin, reached, history, asked.settings(rule, plan)
+        pruned.to(home),
+        before,
+        after,
+        record.layers(),
+        origin,
+        reached,
+        tuple(evidence.history),
+        asked.settings(rule, plan),
     )
 
 
@@ -369,11 +353,41 @@ def pruning_share(options: PruningOptions) -> float | None:
     return plan.share if plan.trains else None
 
 
-def _between(evidence: Evidence, epochs: int, number: int, work_dir: Path | None) -> tuple[Epoch, ...]:
-    """Fine-tuning between two removals."""
-    config = replace(evidence.training, epochs=epochs)
-    checkpoint = None if work_dir is None else work_dir / f"pruning-{number}.pt"
-    return replace(evidence, training=config, checkpoint=checkpoint).train("iterative pruning")
+def _remove_in_steps(
+    pruned: nn.Module,
+    rule: Criterion,
+    plan: Schedule,
+    asked: _Size,
+    evidence: Evidence,
+    before: Cost,
+    rewinder: Rewinder | None,
+    flags: Mapping[str, bool],
+) -> tuple[_Record, TargetReached | None]:
+    """Remove channels in place, training and rewinding as the schedule says; sizes are settled at the first step."""
+    record: _Record | None = None
+    reached: TargetReached | None = None
+    final: dict[str, int] | None = None
+    for number, step in enumerate(plan.steps(evidence.training.epochs if plan.share else 0)):
+        groups = asked.prunable(dependency_groups(pruned, evidence.example))
+        step_rule = rule if step.criterion is None else resolve_criterion(step.criterion)
+        if record is None:
+            record = _Record.of(groups)
+            final, reached = asked.counts(pruned, evidence.example, groups, step_rule, evidence, before)
+        counts = None if final is None else record.due(groups, final, step.fraction)
+        chosen = step_rule.choose(groups, evidence, counts)
+        for group, channels in zip(groups, chosen, strict=True):
+            record.take(group.name, channels)
+            if channels:
+                group.remove(channels)
+        _restore(pruned, flags)
+        if rewinder is not None and step.rewind:
+            rewinder.rewind(pruned, record.removed)
+        if step.epochs:
+            training = replace(evidence.training, epochs=step.epochs)
+            checkpoint = evidence.checkpoint and evidence.checkpoint.with_name(f"pruning-{number + 1}.pt")
+            replace(evidence, training=training, checkpoint=checkpoint).train("iterative pruning")
+    assert record is not None
+    return record, reached
 
 
 def _restore(model: nn.Module, flags: Mapping[str, bool]) -> None:
@@ -393,13 +407,18 @@ def _schedule(schedule: str | Schedule) -> Schedule:
     return SCHEDULES[schedule]() if isinstance(schedule, str) else schedule
 
 
-def _try(model: nn.Module, example: Tensor) -> None:
-    """One forward pass, its failure told in one line."""
+def _first_cost(model: nn.Module, example: Tensor) -> Cost:
+    """The cost of a model that may not run at all, its failure told in one line."""
+    answers: list[object] = []
+    handle = model.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
     try:
-        with torch.no_grad():
-            as_logits(model(example))
+        cost = measure_cost(model, example.shape[1:])
+        as_logits(answers[-1])
     except ModelError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"the model does not run on images of shape {tuple(example.shape[1:])}: {reason}") from error
+    finally:
+        handle.remove()
+    return cost

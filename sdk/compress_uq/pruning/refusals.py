@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from compress_uq.errors import PruningError
 
-__all__ = ["refuse_broken", "refuse_unprunable"]
+__all__ = ["naming_what_breaks", "refuse_unprunable"]
 
 
 def refuse_unprunable(model: nn.Module) -> None:
@@ -63,8 +63,9 @@ def _refuse_shared(model: nn.Module) -> None:
                 raise PruningError(f"{full} and {other} are one shared parameter: give each layer its own first")
 
 
-def refuse_broken(model: nn.Module, example: Tensor) -> None:
-    """Run a pruned model once.
+@contextmanager
+def naming_what_breaks(model: nn.Module) -> Iterator[None]:
+    """Inside the block a pruned model runs for the first time.
 
     Raises:
         PruningError: it fails; names the module whose own code counts on the channels that are gone.
@@ -76,9 +77,10 @@ def refuse_broken(model: nn.Module, example: Tensor) -> None:
         hooks.append(module.register_forward_pre_hook(lambda m, _: entered.append(names[m])))
         hooks.append(module.register_forward_hook(lambda m, i, o: entered.remove(names[m])))
     try:
-        with torch.no_grad():
-            model(example)
+        yield
     except Exception as error:  # whatever the model's own code raises
+        if not entered:
+            raise
         name = entered[-1]
         owner = name if next(iter(model.get_submodule(name).children()), None) else name.rpartition(".")[0]
         kind = type(model.get_submodule(owner)).__name__

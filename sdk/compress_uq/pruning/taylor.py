@@ -31,8 +31,7 @@ class Taylor(Measured):
         totals = {name: torch.zeros((), dtype=torch.float64) for name in layers}
         seen = 0
         for images, labels in self.batches(evidence):
-            with gradients.loss(images, labels) as loss:
-                slopes = gradients.of(loss)
+            slopes = gradients.of(gradients.loss(images, labels))
             for (name, layer), weight, slope in zip(layers.items(), gradients.weights, slopes, strict=True):
                 change = filter_sums(layer, weight.detach() * slope)
                 totals[name] = totals[name].to(change.device) + len(labels) * change.square()

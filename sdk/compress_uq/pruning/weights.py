@@ -134,7 +134,6 @@ def mask_weights(
     source = None
     if plan.rewinds_to is not None:
         source = Rewinder.to(plan.rewinds_to, plan.early_epochs, given, initial, evidence)
-    history: tuple[Epoch, ...] = ()
     for number, step in enumerate(plan.steps(evidence.training.epochs if plan.share else 0)):
         _mask(layers, sparsity * step.fraction, step.criterion or rule, scope, seed + number)
         if source is not None and step.rewind:
@@ -142,7 +141,7 @@ def mask_weights(
         if step.epochs:
             checkpoint = None if work_dir is None else work_dir / f"masking-{number + 1}.pt"
             config = replace(evidence.training, epochs=step.epochs)
-            history += replace(evidence, training=config, checkpoint=checkpoint).train("weight pruning")
+            replace(evidence, training=config, checkpoint=checkpoint).train("weight pruning")
     found = tuple(
         MaskedLayer(name, _weight(layer).numel(), int((_mask_of(layer) == 0).sum())) for name, layer in layers.items()
     )
@@ -151,7 +150,7 @@ def mask_weights(
     cost = measure_cost(given, example.shape[1:])
     for name, module in masked.named_modules():
         module.training = modes.get(name, modes[""])
-    return MaskResult(masked.to(home), cost, found, origin, history)
+    return MaskResult(masked.to(home), cost, found, origin, tuple(evidence.history))
 
 
 def remove_masks(model: nn.Module, *, permanent: bool = True) -> nn.Module:

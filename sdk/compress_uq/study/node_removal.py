@@ -1,7 +1,8 @@
 """Runs that take nodes or channels out of one layer of a trained network, without training after it.
 
 With the defaults, the experiments of Charpentier 2020, chapter 3: a network with one hidden layer of 128 nodes, Adam
-at 0.001, batches of 32, 5 epochs on the whole training set, pixels in 0..1.
+at 0.001, batches of 32, 5 epochs on the whole training set; pixels in 0..1 and Glorot's initial weights, which are
+what TensorFlow's own examples and layers have.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from compress_uq.study.values import conform, plain_hints
 __all__ = ["NodeRemovalKind", "NodeRemovalSettings"]
 
 _THESIS = TrainingConfig(
-    epochs=5, lr=1e-3, batch_size=32, optimizer="adam", weight_decay=0.0, lr_schedule="cosine", augment="none"
+    epochs=5, lr=1e-3, batch_size=32, optimizer="adam", weight_decay=0.0, lr_schedule="constant", augment="none"
 )
 
 
@@ -44,6 +45,8 @@ class NodeRemovalSettings:
     std: tuple[float, ...] = (1.0,)
     arch: str = "compress-uq:mlp"
     arch_option: Mapping[str, Any] = field(default_factory=lambda: {"widths": [128]})
+    initial: str = "glorot"
+    """Weights before training: `glorot` (uniform, biases 0), or `own`, the architecture's."""
     layer: str | None = None
     """The layer that loses channels; needed where there are several."""
     algorithm: str = "draw"
@@ -88,6 +91,8 @@ class NodeRemovalKind(Kind[NodeRemovalSettings]):
         settings = NodeRemovalSettings(**{k: v for k, v in given.items() if k in _OWN}, training=training)
         if settings.algorithm not in _ALGORITHMS:
             raise UnknownNameError("algorithm", settings.algorithm, _ALGORITHMS)
+        if settings.initial not in _INITIAL:
+            raise UnknownNameError("initial", settings.initial, _INITIAL)
         for name in ("nodes", "removals", "images"):
             if getattr(settings, name) < 1:
                 raise InputError(f"{name} = {getattr(settings, name)}: expected 1 or more")
@@ -145,7 +150,7 @@ def _train(settings: NodeRemovalSettings, context: Context) -> _Trained:
 
     def train(out: Path, state: Path) -> None:
         done = finetune(
-            architecture.build(settings.training.seed), splits, training=settings.training,
+            _INITIAL[settings.initial](architecture.build(settings.training.seed)), splits, training=settings.training,
             progress=context.progress, stage="training", checkpoint=state,
         )  # fmt: skip
         save_model(done.model, out, arch=architecture, labels=labels, mean=settings.mean, std=settings.std)
@@ -154,6 +159,18 @@ def _train(settings: NodeRemovalSettings, context: Context) -> _Trained:
     group = _layer(dependency_groups(model, splits.example()), settings.layer)
     test = Ablation(model, [group], *_tensors(splits.require("test", "node removal")))
     return _Trained(model, group, splits, test)
+
+
+def _glorot(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
+_INITIAL: dict[str, Callable[[nn.Module], nn.Module]] = {"glorot": _glorot, "own": lambda model: model}
 
 
 def _layer(groups: list[Group], name: str | None) -> Group:
@@ -225,7 +242,7 @@ def _summary(name: str, values: Tensor) -> dict[str, float | None]:
 
 def _of_network(settings: NodeRemovalSettings) -> dict[str, Any]:
     """What tells one trained network and its layer from another."""
-    kept = ("data", "mean", "std", "arch", "arch_option", "layer", "training")
+    kept = ("data", "mean", "std", "arch", "arch_option", "initial", "layer", "training")
     return {name: value for name, value in _plain(settings).items() if name in kept}
 
 
