@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench zoo lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,9 +24,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The exported file against one dense pass and against the eager loop; ratios, by hand.
+# Ratios, by hand: the exported file against one dense pass, criteria against loops, pruning against bare torch-pruning.
 bench: $(READY)
 	$(BIN)/python tests/bench/latency.py
+	$(BIN)/python tests/bench/criteria.py
+	$(BIN)/python tests/bench/importance.py
+	$(BIN)/python tests/bench/table1.py
+
+# Every torchvision classifier: pruned, checked, saved, exported; takes hours, goes on where it stopped.
+zoo: $(READY)
+	$(BIN)/python tests/bench/zoo.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
