@@ -15,9 +15,9 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/compress-uq demo
 
-# Linter, type checker and all tests.
+# Linter, type checker and all tests, one process a core, each with one thread: two would wait for each other.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
