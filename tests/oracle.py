@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from compress_uq.models import ChannelSelect
-from compress_uq.pruning.graph import CoupledLayer, dependency_groups
+from compress_uq.pruning.graph.groups import CoupledLayer, dependency_groups
 
 
 class KeptNorm(nn.Module):

@@ -130,9 +130,10 @@ def test_a_fresh_process_gives_the_same_bits(bundle_folder):
         for _ in range(2)
     }
     assert len(runs) == 1
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     here = cuq.Bundle.load(bundle_folder).model(torch.ones(2, 1, 8, 8)).probabilities.double().sum(0).tolist()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     assert json.loads(runs.pop()) == here
 
 

@@ -9,18 +9,18 @@ from torch.utils.data import TensorDataset
 
 import compress_uq as cuq
 from compress_uq.errors import DataError, PruningError
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.fpgm import FPGM
-from compress_uq.pruning.graph import dependency_groups, filters
-from compress_uq.pruning.hessian import Hessian
-from compress_uq.pruning.hrank import HRank
-from compress_uq.pruning.l1 import L1
-from compress_uq.pruning.l2 import L2
-from compress_uq.pruning.lamp import LAMP
-from compress_uq.pruning.measured import filter_sums
-from compress_uq.pruning.random import Random
-from compress_uq.pruning.ranks import matrix_ranks
-from compress_uq.pruning.taylor import Taylor
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.criteria.fpgm import FPGM
+from compress_uq.pruning.criteria.hessian import Hessian
+from compress_uq.pruning.criteria.hrank import HRank
+from compress_uq.pruning.criteria.l1 import L1
+from compress_uq.pruning.criteria.l2 import L2
+from compress_uq.pruning.criteria.lamp import LAMP
+from compress_uq.pruning.criteria.measured import filter_sums
+from compress_uq.pruning.criteria.random import Random
+from compress_uq.pruning.criteria.ranks import matrix_ranks
+from compress_uq.pruning.criteria.taylor import Taylor
+from compress_uq.pruning.graph.groups import dependency_groups, filters
 from small_models import Concat, own, randomise
 
 MEASURED = [Taylor(images=12), Hessian(images=12), HRank(images=12)]

@@ -13,10 +13,10 @@ import compress_uq as cuq
 from compress_uq.data import Splits
 from compress_uq.errors import DataError, PruningError, UnknownNameError
 from compress_uq.models import as_logits
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.graph import CoupledLayer, Group, dependency_groups
-from compress_uq.pruning.leave_one_out import Ablation
-from compress_uq.pruning.loss import Loss, importance_classes
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.criteria.leave_one_out import Ablation
+from compress_uq.pruning.criteria.loss import Loss, importance_classes
+from compress_uq.pruning.graph.groups import CoupledLayer, Group, dependency_groups
 from oracle import randomise as randomise_all
 from small_models import PRUNABLE, own, randomise
 

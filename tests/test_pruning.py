@@ -10,8 +10,8 @@ import compress_uq as cuq
 from compress_uq.errors import InputError, ModelError, PruningError, UnknownNameError
 from compress_uq.models import ChannelSelect, as_logits
 from compress_uq.pruning import Evidence, kept_channels
-from compress_uq.pruning.graph import dependency_groups
-from compress_uq.pruning.l1 import L1
+from compress_uq.pruning.criteria.l1 import L1
+from compress_uq.pruning.graph.groups import dependency_groups
 from small_models import PRUNABLE, DictOutput, OneLogit, TupleOutput, own, randomise
 
 TABLE_1 = {

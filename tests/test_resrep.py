@@ -13,11 +13,11 @@ from compress_uq.config import TrainingConfig
 from compress_uq.cost import count_macs
 from compress_uq.errors import InputError, PruningError, UnknownNameError
 from compress_uq.pruning.amounts import sparsity_counts
-from compress_uq.pruning.bn import BatchNormScale
-from compress_uq.pruning.compactor import Compactors
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.graph import dependency_groups
-from compress_uq.pruning.resrep import ResRep
+from compress_uq.pruning.criteria.bn import BatchNormScale
+from compress_uq.pruning.criteria.compactor import Compactors
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.criteria.resrep import ResRep
+from compress_uq.pruning.graph.groups import dependency_groups
 from small_models import SMALL, Concat, ConvHead, InnerDropout, Leaves, own, randomise, torchvision
 
 

@@ -15,7 +15,7 @@ from torchvision.models import convnext, densenet, maxvit, swin_transformer, vis
 import compress_uq as cuq
 from compress_uq.errors import ModelError, PruningError
 from compress_uq.models import as_logits
-from compress_uq.pruning.graph import dependency_groups
+from compress_uq.pruning.graph.groups import dependency_groups
 from compress_uq.structure import describe_structure, rebuild
 from oracle import masked, randomise, relative_difference
 

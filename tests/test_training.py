@@ -138,7 +138,10 @@ def test_a_last_batch_of_one_image_does_not_break_batch_norm(train):
     cuq.finetune(own("cnn", (1, 8, 8), widths=(8,)), cuq.Splits(train=odd), epochs=1, batch_size=64)
 
 
-@pytest.mark.parametrize("options", [{"lr_schedule": "cosine"}, {"optimizer": "adam", "lr": 0.001, "lr_schedule": "constant"}, {"workers": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"lr_schedule": "cosine"}, {"optimizer": "adam", "lr": 0.001, "lr_schedule": "constant"}, {"workers": 1}],
+)
 def test_other_settings_train_too(train, options):
     history = cuq.finetune(network(), cuq.Splits(train=train), epochs=3, **options).history
     assert history[-1].loss < history[0].loss

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 import compress_uq as cuq
 from compress_uq.cost import measure_cost
-from compress_uq.pruning.hrank import _FeatureMaps
-from compress_uq.pruning.ranks import matrix_ranks
+from compress_uq.pruning.criteria.hrank import _FeatureMaps
+from compress_uq.pruning.criteria.ranks import matrix_ranks
 
 IMAGES, LOOPED, ROUNDS = 128, 2, 9
 

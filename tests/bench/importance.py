@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import compress_uq as cuq
 from compress_uq.cost import interleaved_milliseconds
-from compress_uq.pruning.graph import Group, dependency_groups
-from compress_uq.pruning.leave_one_out import Ablation
+from compress_uq.pruning.criteria.leave_one_out import Ablation
+from compress_uq.pruning.graph.groups import Group, dependency_groups
 
 BATCH, ROUNDS = 256, 9
 # what -> (architecture, its options, shape, the layer, images)

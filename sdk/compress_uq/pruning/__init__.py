@@ -1,23 +1,23 @@
 """Which channels go, when, and their removal."""
 
 from compress_uq.pruning.amounts import Amount, Target, kept_channels
-from compress_uq.pruning.bn import BatchNormScale
-from compress_uq.pruning.criteria import CRITERIA, configured_criterion, resolve_criterion
-from compress_uq.pruning.criterion import Criterion, Evidence, PerLayer
-from compress_uq.pruning.fpgm import FPGM
-from compress_uq.pruning.graph import CoupledLayer, Group
-from compress_uq.pruning.hessian import Hessian
-from compress_uq.pruning.hrank import HRank
-from compress_uq.pruning.l1 import L1
-from compress_uq.pruning.l2 import L2
-from compress_uq.pruning.lamp import LAMP
-from compress_uq.pruning.loss import Loss
+from compress_uq.pruning.criteria.bn import BatchNormScale
+from compress_uq.pruning.criteria.by_name import CRITERIA, configured_criterion, resolve_criterion
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence, PerLayer
+from compress_uq.pruning.criteria.fpgm import FPGM
+from compress_uq.pruning.criteria.hessian import Hessian
+from compress_uq.pruning.criteria.hrank import HRank
+from compress_uq.pruning.criteria.l1 import L1
+from compress_uq.pruning.criteria.l2 import L2
+from compress_uq.pruning.criteria.lamp import LAMP
+from compress_uq.pruning.criteria.loss import Loss
+from compress_uq.pruning.criteria.random import Random
+from compress_uq.pruning.criteria.resrep import ResRep
+from compress_uq.pruning.criteria.taylor import Taylor
+from compress_uq.pruning.graph.groups import CoupledLayer, Group
 from compress_uq.pruning.prune import PrunedLayer, PruneResult, PruningOptions, prunable_layers, prune, pruning_share
-from compress_uq.pruning.random import Random
-from compress_uq.pruning.resrep import ResRep
 from compress_uq.pruning.schedules import SCHEDULES, Iterative, Lottery, OneShot, Schedule, configured_schedule
 from compress_uq.pruning.targets import TargetReached
-from compress_uq.pruning.taylor import Taylor
 from compress_uq.pruning.weights import MaskedLayer, MaskResult, mask_weights, remove_masks
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import PruningError, UnknownNameError
-from compress_uq.pruning.graph import Group
+from compress_uq.pruning.graph.groups import Group
 
 __all__ = [
     "Amount",

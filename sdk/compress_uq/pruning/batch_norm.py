@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from compress_uq.pruning.criterion import Evidence
+from compress_uq.pruning.criteria.criterion import Evidence
 
 __all__ = ["recalibrate_batch_norm"]
 

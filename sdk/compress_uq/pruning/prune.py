@@ -19,10 +19,10 @@ from compress_uq.models import as_logits
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning.amounts import Amount, Target, matches, parse_sparsity, removal_order, sparsity_counts
 from compress_uq.pruning.batch_norm import recalibrate_batch_norm
-from compress_uq.pruning.criteria import resolve_criterion
-from compress_uq.pruning.criterion import Criterion, Evidence
-from compress_uq.pruning.graph import Group, dependency_groups
-from compress_uq.pruning.refusals import naming_what_breaks, refuse_unprunable
+from compress_uq.pruning.criteria.by_name import resolve_criterion
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence
+from compress_uq.pruning.graph.groups import Group, dependency_groups
+from compress_uq.pruning.graph.refusals import naming_what_breaks, refuse_unprunable
 from compress_uq.pruning.rewind import Rewinder
 from compress_uq.pruning.schedules import SCHEDULES, Schedule
 from compress_uq.pruning.targets import TargetReached, meet_target

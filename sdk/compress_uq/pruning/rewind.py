@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import PruningError
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.graph import dependency_groups
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.graph.groups import dependency_groups
 
 __all__ = ["Rewinder"]
 

@@ -17,9 +17,9 @@ from compress_uq.cost import Cost, measure_cost
 from compress_uq.data import Augmentation, Splits
 from compress_uq.errors import PruningError, UnknownNameError
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.graph import filters
-from compress_uq.pruning.refusals import refuse_unprunable
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.graph.groups import filters
+from compress_uq.pruning.graph.refusals import refuse_unprunable
 from compress_uq.pruning.rewind import Rewinder
 from compress_uq.pruning.schedules import SCHEDULES, Schedule
 from compress_uq.stages import ModelOrResult, Origin, unpack

@@ -20,10 +20,10 @@ from compress_uq.config import TrainingConfig
 from compress_uq.data import ImageDataset, Splits, batches, load_splits
 from compress_uq.errors import InputError, PruningError, UnknownNameError
 from compress_uq.models import Architecture, load_model, save_model
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.graph import Group, dependency_groups
-from compress_uq.pruning.leave_one_out import Ablation
-from compress_uq.pruning.loss import Loss, importance_classes
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.criteria.leave_one_out import Ablation
+from compress_uq.pruning.criteria.loss import Loss, importance_classes
+from compress_uq.pruning.graph.groups import Group, dependency_groups
 from compress_uq.steps import finetune
 from compress_uq.study.kind import Context, Kind, Outcome
 from compress_uq.study.values import conform, plain_hints

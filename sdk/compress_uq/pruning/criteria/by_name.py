@@ -8,19 +8,19 @@ from torch import Tensor
 
 from compress_uq.config import configured
 from compress_uq.errors import PruningError
-from compress_uq.pruning.bn import BatchNormScale
-from compress_uq.pruning.criterion import Criterion, OwnCriterion
-from compress_uq.pruning.fpgm import FPGM
-from compress_uq.pruning.graph import Group
-from compress_uq.pruning.hessian import Hessian
-from compress_uq.pruning.hrank import HRank
-from compress_uq.pruning.l1 import L1
-from compress_uq.pruning.l2 import L2
-from compress_uq.pruning.lamp import LAMP
-from compress_uq.pruning.loss import Loss
-from compress_uq.pruning.random import Random
-from compress_uq.pruning.resrep import ResRep
-from compress_uq.pruning.taylor import Taylor
+from compress_uq.pruning.criteria.bn import BatchNormScale
+from compress_uq.pruning.criteria.criterion import Criterion, OwnCriterion
+from compress_uq.pruning.criteria.fpgm import FPGM
+from compress_uq.pruning.criteria.hessian import Hessian
+from compress_uq.pruning.criteria.hrank import HRank
+from compress_uq.pruning.criteria.l1 import L1
+from compress_uq.pruning.criteria.l2 import L2
+from compress_uq.pruning.criteria.lamp import LAMP
+from compress_uq.pruning.criteria.loss import Loss
+from compress_uq.pruning.criteria.random import Random
+from compress_uq.pruning.criteria.resrep import ResRep
+from compress_uq.pruning.criteria.taylor import Taylor
+from compress_uq.pruning.graph.groups import Group
 from compress_uq.registry import Entry, Registry
 
 __all__ = ["CRITERIA", "configured_criterion", "resolve_criterion"]

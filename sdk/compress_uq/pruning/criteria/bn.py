@@ -10,8 +10,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from compress_uq.errors import InputError, PruningError
-from compress_uq.pruning.criterion import Evidence, PerLayer
-from compress_uq.pruning.graph import CoupledLayer, Group
+from compress_uq.pruning.criteria.criterion import Evidence, PerLayer
+from compress_uq.pruning.graph.groups import CoupledLayer, Group
 
 __all__ = ["BatchNormScale"]
 

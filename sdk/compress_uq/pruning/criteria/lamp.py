@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress_uq.pruning.criterion import Evidence, PerLayer
-from compress_uq.pruning.graph import CoupledLayer, filters
+from compress_uq.pruning.criteria.criterion import Evidence, PerLayer
+from compress_uq.pruning.graph.groups import CoupledLayer, filters
 
 __all__ = ["LAMP"]
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import PruningError
-from compress_uq.pruning.axes import axis_size, divisions, surgery
-from compress_uq.pruning.blocks import Block, Share, find_blocks
-from compress_uq.pruning.passage import obstacle, split_parts
-from compress_uq.pruning.refusals import refuse_unprunable
-from compress_uq.pruning.surgery import Cut, Surgeon, cut_parameter
-from compress_uq.pruning.tracing import Trace, trace
+from compress_uq.pruning.graph.axes import axis_size, divisions, surgery
+from compress_uq.pruning.graph.blocks import Block, Share, find_blocks
+from compress_uq.pruning.graph.passage import obstacle, split_parts
+from compress_uq.pruning.graph.refusals import refuse_unprunable
+from compress_uq.pruning.graph.surgery import Cut, Surgeon, cut_parameter
+from compress_uq.pruning.graph.tracing import Trace, trace
 
 __all__ = ["CoupledLayer", "Group", "dependency_groups", "filters"]
 

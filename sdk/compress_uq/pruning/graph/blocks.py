@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual
 
-from compress_uq.pruning.attention import AttentionAsItIs, FusedAttention, TorchAttention
-from compress_uq.pruning.block import Block, Share
+from compress_uq.pruning.graph.attention import AttentionAsItIs, FusedAttention, TorchAttention
+from compress_uq.pruning.graph.block import Block, Share
 
 __all__ = ["Block", "Share", "find_blocks", "standing_in"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import PruningError
-from compress_uq.pruning.block import Block, Share
+from compress_uq.pruning.graph.block import Block, Share
 
 __all__ = ["AttentionAsItIs", "FusedAttention", "TorchAttention"]
 

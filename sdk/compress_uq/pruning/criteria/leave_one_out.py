@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from compress_uq.data import check_labels
 from compress_uq.models import as_logits
-from compress_uq.pruning.graph import Group
-from compress_uq.pruning.hiding import Hiding
+from compress_uq.pruning.criteria.hiding import Hiding
+from compress_uq.pruning.graph.groups import Group
 
 __all__ = ["Ablation", "Answers"]
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from compress_uq.errors import PruningError
 from compress_uq.models import ChannelSelect
-from compress_uq.pruning.folding import mix, mix_normed, own_norms, scale
-from compress_uq.pruning.graph import Group
+from compress_uq.pruning.criteria.folding import mix, mix_normed, own_norms, scale
+from compress_uq.pruning.graph.groups import Group
 
 __all__ = ["Compactor", "Compactors"]
 

@@ -15,7 +15,7 @@ from compress_uq.config import TrainingConfig
 from compress_uq.data import Augmentation, Splits, batches
 from compress_uq.errors import PruningError
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.pruning.graph import CoupledLayer, Group
+from compress_uq.pruning.graph.groups import CoupledLayer, Group
 from compress_uq.training import AfterBackward, Epoch, fit_network
 
 __all__ = ["Criterion", "Evidence", "OwnCriterion", "PerLayer", "least_important", "reduce_layers"]

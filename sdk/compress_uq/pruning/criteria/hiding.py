@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import PruningError
-from compress_uq.pruning.contributions import is_separable, less
-from compress_uq.pruning.graph import CoupledLayer, Group
+from compress_uq.pruning.criteria.contributions import is_separable, less
+from compress_uq.pruning.graph.groups import CoupledLayer, Group
 
 __all__ = ["Hiding"]
 

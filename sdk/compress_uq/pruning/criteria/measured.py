@@ -18,8 +18,8 @@ from compress_uq.errors import PruningError
 from compress_uq.models import as_logits
 from compress_uq.predict import default_batch_size
 from compress_uq.progress import Progress
-from compress_uq.pruning.criterion import Criterion, Evidence, reduce_layers
-from compress_uq.pruning.graph import CoupledLayer, Group
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence, reduce_layers
+from compress_uq.pruning.graph.groups import CoupledLayer, Group
 
 __all__ = ["Gradients", "Measured", "filter_sums"]
 

@@ -17,8 +17,8 @@ from torch_pruning.pruner import function
 
 from compress_uq.errors import ModelError, PruningError
 from compress_uq.models import ChannelSelect, as_logits
-from compress_uq.pruning.blocks import Block, standing_in
-from compress_uq.pruning.passage import mark_reshapes
+from compress_uq.pruning.graph.blocks import Block, standing_in
+from compress_uq.pruning.graph.passage import mark_reshapes
 
 __all__ = ["Loose", "Trace", "trace"]
 

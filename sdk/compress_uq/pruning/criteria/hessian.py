@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import PruningError
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.measured import Gradients, Measured, filter_sums
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.criteria.measured import Gradients, Measured, filter_sums
 
 __all__ = ["Hessian"]
 

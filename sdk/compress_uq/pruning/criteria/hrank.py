@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress_uq.errors import PruningError
-from compress_uq.pruning.criterion import Evidence
-from compress_uq.pruning.measured import Measured
-from compress_uq.pruning.ranks import matrix_ranks
+from compress_uq.pruning.criteria.criterion import Evidence
+from compress_uq.pruning.criteria.measured import Measured
+from compress_uq.pruning.criteria.ranks import matrix_ranks
 
 __all__ = ["HRank"]
 

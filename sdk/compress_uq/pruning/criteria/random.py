@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress_uq.pruning.criterion import Criterion, Evidence
-from compress_uq.pruning.graph import Group
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence
+from compress_uq.pruning.graph.groups import Group
 
 __all__ = ["Random"]
 

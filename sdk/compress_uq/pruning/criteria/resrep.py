@@ -15,9 +15,9 @@ from compress_uq.cost import measure_cost
 from compress_uq.errors import InputError, PruningError, UnknownNameError
 from compress_uq.models import ChannelSelect
 from compress_uq.pruning.amounts import Ledger, removal_order
-from compress_uq.pruning.compactor import Compactors
-from compress_uq.pruning.criterion import Criterion, Evidence
-from compress_uq.pruning.graph import Group, filters
+from compress_uq.pruning.criteria.compactor import Compactors
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence
+from compress_uq.pruning.graph.groups import Group, filters
 
 __all__ = ["ResRep"]
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress_uq.pruning.criterion import Evidence, PerLayer
-from compress_uq.pruning.graph import CoupledLayer, filters
+from compress_uq.pruning.criteria.criterion import Evidence, PerLayer
+from compress_uq.pruning.graph.groups import CoupledLayer, filters
 
 __all__ = ["L2"]
 

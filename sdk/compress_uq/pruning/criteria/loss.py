@@ -14,9 +14,9 @@ from compress_uq.cost import evaluation_mode
 from compress_uq.errors import PruningError, UnknownNameError
 from compress_uq.predict import default_batch_size
 from compress_uq.progress import Progress, ProgressCallback
-from compress_uq.pruning.criterion import Criterion, Evidence
-from compress_uq.pruning.graph import Group
-from compress_uq.pruning.leave_one_out import Ablation, Answers
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence
+from compress_uq.pruning.criteria.leave_one_out import Ablation, Answers
+from compress_uq.pruning.graph.groups import Group
 
 __all__ = ["Loss", "importance_classes"]
 
