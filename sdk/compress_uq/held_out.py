@@ -8,13 +8,11 @@ import numpy as np
 import torch
 
 from compress_uq.calibration import CALIBRATORS
-from compress_uq.cost import on_device
-from compress_uq.data import ImageDataset, Splits, take_class_balanced
+from compress_uq.data import Splits, take_class_balanced
 from compress_uq.errors import CalibrationError, DataError
 from compress_uq.metrics import classification_figures
-from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.training import resolve_device
+from compress_uq.steps import logits_of_members
 from compress_uq.uncertain import UncertainModel, summarise
 
 __all__ = ["held_out_figures"]
@@ -30,11 +28,11 @@ def held_out_figures(
     fits stays uncalibrated, as a whole model would, and the words say so.
     """
     if splits.decision is not None:
-        logits, labels = _member_logits(model, splits.decision, device, progress)
+        logits, labels = logits_of_members(model, splits.decision, device=device, progress=progress, stage="held out")
         return _figures(model.calibrator.logits(torch.from_numpy(logits)), labels), "held out: the decision split"
     if splits.calibration is None:
         return {}, "held out: nothing, since there is neither a decision nor a calibration split"
-    logits, labels = _member_logits(model, splits.calibration, device, progress)
+    logits, labels = logits_of_members(model, splits.calibration, device=device, progress=progress, stage="held out")
     try:
         halves = take_class_balanced(torch.from_numpy(labels), 0.5, seed=0)
     except DataError as error:
@@ -44,22 +42,6 @@ def held_out_figures(
     if fitted < 2:
         source += f", {2 - fitted} of them uncalibrated, since too few of the other half are classified wrong"
     return _figures(torch.from_numpy(calibrated), labels), source
-
-
-def _member_logits(
-    model: UncertainModel, dataset: ImageDataset, device: str, progress: ProgressCallback
-) -> tuple[np.ndarray, np.ndarray]:
-    """Uncalibrated logits (T, N, K) and labels (N,)."""
-    target = resolve_device(device)
-    with on_device(model, target):
-        (logits,), labels = collect(
-            lambda images: model.member_logits(images).transpose(0, 1),
-            dataset,
-            device=target,
-            progress=progress,
-            stage="held out",
-        )
-    return logits.transpose(1, 0, 2), labels
 
 
 def _cross_fitted(

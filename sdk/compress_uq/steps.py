@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import TrainingConfig
 from compress_uq.cost import on_device
-from compress_uq.data import AUGMENTATIONS, Augmentation, Splits, check_labels
+from compress_uq.data import AUGMENTATIONS, Augmentation, ImageDataset, Splits, check_labels
 from compress_uq.errors import CalibrationError, InputError, UncertaintyError, UnknownNameError
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
@@ -30,6 +31,7 @@ __all__ = [
     "calibrate",
     "finetune",
     "fit_uncertainty",
+    "logits_of_members",
     "prepare_uncertainty",
     "training_config",
 ]
@@ -208,6 +210,24 @@ def calibrate(
     if method == "none":
         return UncertainModel(copy.deepcopy(model.members), model.method, origin, kind())
     dataset = splits.require("calibration", f"calibration {method!r}")
+    logits, labels = logits_of_members(model, dataset, device=device, progress=progress, stage="calibrating")
+    fitted = kind.fit(logits, labels)
+    return UncertainModel(copy.deepcopy(model.members), model.method, origin, fitted)
+
+
+def logits_of_members(
+    model: UncertainModel,
+    dataset: ImageDataset,
+    *,
+    device: str = "cpu",
+    progress: ProgressCallback = silent,
+    stage: str = "members",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Uncalibrated logits (T, N, K) float32 of every member and labels (N,) int64.
+
+    Raises:
+        DataError: a label that the model has no class for.
+    """
     target = resolve_device(device)
     with on_device(model, target):
         (logits,), labels = collect(
@@ -215,11 +235,10 @@ def calibrate(
             dataset,
             device=target,
             progress=progress,
-            stage="calibrating",
+            stage=stage,
         )
     check_labels(torch.from_numpy(labels), logits.shape[2])
-    fitted = kind.fit(logits.transpose(1, 0, 2), labels)
-    return UncertainModel(copy.deepcopy(model.members), model.method, origin, fitted)
+    return logits.transpose(1, 0, 2), labels
 
 
 def resolve_method(method: str | Method) -> Method:
