@@ -26,8 +26,8 @@ LAYERS = [
     {"steps", "report", "export"},
     {"shrinking", "held_out"},
     {"search"},
-    {"sensitivity"},
-    {"bundle", "catalogue", "inputs"},
+    {"layer_sensitivity"},
+    {"bundle", "listing", "inputs"},
     {"verification", "pipeline"},
     {"study"},
 ]
@@ -134,3 +134,8 @@ def test_every_entry_has_a_summary_and_names_are_those_of_the_contract():
     reported = "accuracy nll brier ece ause ause_exact aurc error_auroc accuracy_at_50 f1_macro ood_auroc"
     assert names["metrics"] == reported.split()
     assert all(e["source"] for e in listed["criteria"] + listed["uq"])
+
+
+def test_no_public_function_has_a_modules_name():
+    homes = {name: value for name, value in cuq._HOME.items() if (PACKAGE / f"{name}.py").exists()}
+    assert not homes, "importing the module would put it in the function's place"

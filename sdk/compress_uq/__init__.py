@@ -13,12 +13,13 @@ from compress_uq._version import __version__
 if TYPE_CHECKING:
     from compress_uq import calibration, data, errors, metrics, models, pipeline, pruning, report, runtime, study, uq
     from compress_uq.bundle import Bundle, verify_files
-    from compress_uq.catalogue import catalogue
     from compress_uq.config import TrainingConfig, from_toml, to_toml
     from compress_uq.data import DataInfo, Splits, hold_out, load_splits
     from compress_uq.errors import CompressUQError, InputError
     from compress_uq.export import export_onnx
     from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
+    from compress_uq.layer_sensitivity import Sensitivity, sensitivity
+    from compress_uq.listing import catalogue
     from compress_uq.models import Architecture, build_model, load_model, read_checkpoint, save_model
     from compress_uq.pipeline import compress, plan_compression
     from compress_uq.progress import Progress
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from compress_uq.report import Evaluation, ReportCard, Requirement, evaluate
     from compress_uq.runtime import OnnxPredictor
     from compress_uq.search import Budget, SearchResult, search_sparsity
-    from compress_uq.sensitivity import Sensitivity, sensitivity
     from compress_uq.steps import calibrate, finetune, fit_uncertainty, prepare_uncertainty
     from compress_uq.study import Study, StudyResult, plan_study, read_study, run_study
     from compress_uq.types import Prediction
@@ -47,7 +47,7 @@ _HOME = {
     "ReportCard": "report",
     "Requirement": "report",
     "SearchResult": "search",
-    "Sensitivity": "sensitivity",
+    "Sensitivity": "layer_sensitivity",
     "Splits": "data",
     "Study": "study",
     "StudyResult": "study",
@@ -55,7 +55,7 @@ _HOME = {
     "UncertainModel": "uncertain",
     "build_model": "models",
     "calibrate": "steps",
-    "catalogue": "catalogue",
+    "catalogue": "listing",
     "compress": "pipeline",
     "configure_method": "inputs",
     "evaluate": "report",
@@ -79,7 +79,7 @@ _HOME = {
     "run_study": "study",
     "save_model": "models",
     "search_sparsity": "search",
-    "sensitivity": "sensitivity",
+    "sensitivity": "layer_sensitivity",
     "to_toml": "config",
     "train_dense": "inputs",
     "verify": "verification",
