@@ -127,13 +127,14 @@ def test_every_entry_has_a_summary_and_names_are_those_of_the_contract():
         for entry in entries:
             assert entry["summary"], (kind, entry)
     names = {kind: [e["name"] for e in entries] for kind, entries in listed.items()}
-    assert set(names["criteria"]) <= set("random l1 l2 bn hrank taylor fpgm lamp hessian loss resrep".split())
+    assert names["criteria"] == "random l1 l2 bn hrank taylor fpgm lamp hessian loss resrep".split()
     assert set(names["uq"]) <= set("msp mc-dropout ensemble tradi swag gaussian laplace mask-ensemble".split())
     assert set(names["calibrators"]) <= set("none temperature vector dirichlet histogram isotonic beta".split())
     assert names["architectures"] == ["mlp", "cnn", "resnet20", "resnet56", "resnet18", "vgg19"]
     reported = "accuracy nll brier ece ause ause_exact aurc error_auroc accuracy_at_50 f1_macro ood_auroc"
     assert names["metrics"] == reported.split()
-    assert all(e["source"] for e in listed["criteria"] + listed["uq"])
+    assert all(e["source"] for e in listed["criteria"] + listed["schedules"] + listed["uq"])
+    assert names["schedules"] == ["one-shot", "iterative", "lottery"]
 
 
 def test_no_public_function_has_a_modules_name():

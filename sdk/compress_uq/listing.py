@@ -9,7 +9,7 @@ from compress_uq.data import AUGMENTATIONS, DATASETS, MADE_SETS
 from compress_uq.export import EXPORTERS
 from compress_uq.metrics import METRICS
 from compress_uq.models import ARCHITECTURES
-from compress_uq.pruning import CRITERIA
+from compress_uq.pruning import CRITERIA, SCHEDULES
 from compress_uq.registry import Registry
 from compress_uq.uq import METHODS
 
@@ -17,6 +17,7 @@ __all__ = ["REGISTRIES", "catalogue"]
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "criteria": CRITERIA,
+    "schedules": SCHEDULES,
     "uq": METHODS,
     "calibrators": CALIBRATORS,
     "metrics": METRICS,

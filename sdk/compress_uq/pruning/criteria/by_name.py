@@ -27,15 +27,15 @@ __all__ = ["CRITERIA", "configured_criterion", "resolve_criterion"]
 
 CRITERIA: Registry[type[Criterion]] = Registry(
     "criterion",
-    Entry("random", "channels drawn at random, the control", "Holzbock, section 3.1", Random),
+    Entry("random", "channels drawn at random, the control", "Holzbock", Random),
     Entry("l1", "L1 norm of a channel's filters", "Li 2017, section 3.1", L1),
     Entry("l2", "L2 norm of a channel's filters", "Li 2017, section 3.1", L2),
     Entry("bn", "scale of the batch norm after a layer", "Liu 2017, section 3", BatchNormScale),
-    Entry("hrank", "average rank of a channel's feature maps", "Lin 2020, equation 5", HRank),
+    Entry("hrank", "average rank of a channel's feature maps", "Lin 2020", HRank),
     Entry("taylor", "first-order change of the loss", "Molchanov 2019, equation 8", Taylor),
-    Entry("fpgm", "distance to a layer's other filters", "He 2019, section 3.3", FPGM),
-    Entry("lamp", "squared weights over those not smaller", "Lee 2021, equation 3", LAMP),
-    Entry("hessian", "second-order change of the loss, diagonal", "LeCun 1989, equation 5", Hessian),
+    Entry("fpgm", "distance to a layer's other filters", "He 2019", FPGM),
+    Entry("lamp", "squared weights over those not smaller", "Lee 2021", LAMP),
+    Entry("hessian", "second-order change of the loss, Gauss-Newton diagonal", "LeCun 1990", Hessian),
     Entry("loss", "change of the loss, or of the worst class's accuracy, without a channel", "Charpentier", Loss),
     Entry("resrep", "compactors trained to forget channels, folded away exactly", "Ding 2021, section 3", ResRep),
 )
