@@ -10,8 +10,9 @@ import compress_uq as cuq
 from compress_uq.cost import measure_cost
 from compress_uq.errors import DataError, InputError, PruningError, UnknownNameError
 from compress_uq.pruning import Evidence, Iterative, Lottery, Target
-from compress_uq.pruning.amounts import Ledger, removal_order
+from compress_uq.pruning.amounts import removal_order
 from compress_uq.pruning.graph.groups import dependency_groups
+from compress_uq.pruning.ledger import Ledger
 from small_models import PRUNABLE, SMALL, own, randomise
 
 IMAGE = torch.randn(1, 3, 32, 32)

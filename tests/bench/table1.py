@@ -14,8 +14,9 @@ import torch
 
 import compress_uq as cuq
 from compress_uq.cost import measure_cost
-from compress_uq.pruning.amounts import Ledger, sparsity_counts
+from compress_uq.pruning.amounts import sparsity_counts
 from compress_uq.pruning.graph.groups import Group, dependency_groups, filters
+from compress_uq.pruning.ledger import Ledger
 
 SPARSITIES = (0.2, 0.4, 0.6, 0.8)
 RESREP = {"resnet18": (8.05, 5.44, 3.29, 1.71), "vgg19": (12.41, 7.35, 3.78, 3.36)}

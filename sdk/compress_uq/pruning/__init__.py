@@ -15,7 +15,8 @@ from compress_uq.pruning.criteria.random import Random
 from compress_uq.pruning.criteria.resrep import ResRep
 from compress_uq.pruning.criteria.taylor import Taylor
 from compress_uq.pruning.graph.groups import CoupledLayer, Group
-from compress_uq.pruning.prune import PrunedLayer, PruneResult, PruningOptions, prunable_layers, prune, pruning_share
+from compress_uq.pruning.prune import PruneResult, PruningOptions, prunable_layers, prune, pruning_share
+from compress_uq.pruning.record import PrunedLayer
 from compress_uq.pruning.schedules import SCHEDULES, Iterative, Lottery, OneShot, Schedule, configured_schedule
 from compress_uq.pruning.targets import TargetReached
 from compress_uq.pruning.weights import MaskedLayer, MaskResult, mask_weights, remove_masks

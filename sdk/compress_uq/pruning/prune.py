@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from compress_uq.config import TrainingConfig
 from compress_uq.cost import Cost, measure_cost
 from compress_uq.data import Augmentation, Splits
-from compress_uq.errors import ModelError, PruningError, UnknownNameError
+from compress_uq.errors import ModelError, PruningError
 from compress_uq.models import as_logits
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.pruning.amounts import Amount, Target, matches, parse_sparsity, removal_order, sparsity_counts
+from compress_uq.pruning.amounts import Amount, Target
 from compress_uq.pruning.batch_norm import recalibrate_batch_norm
 from compress_uq.pruning.criteria.by_name import resolve_criterion
 from compress_uq.pruning.criteria.criterion import Criterion, Evidence
 from compress_uq.pruning.graph.groups import Group, dependency_groups
 from compress_uq.pruning.graph.refusals import naming_what_breaks, refuse_unprunable
+from compress_uq.pruning.record import PrunedLayer, Record
 from compress_uq.pruning.rewind import Rewinder
 from compress_uq.pruning.schedules import SCHEDULES, Schedule
-from compress_uq.pruning.targets import TargetReached, meet_target
+from compress_uq.pruning.size import Size
+from compress_uq.pruning.targets import TargetReached
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.training import Epoch, resolve_device
 
@@ -43,19 +44,6 @@ class PruningOptions(TypedDict, total=False):
     keep: Sequence[str]
     schedule: str | Schedule
     initial: nn.Module | None
-
-
-@dataclass(frozen=True)
-class PrunedLayer:
-    """One group of channels before and after."""
-
-    name: str
-    before: int
-    after: int
-    removed: tuple[int, ...]
-    """The group's channels that are gone, as numbered before."""
-    consumers: tuple[tuple[str, tuple[int, ...]], ...]
-    """Layers that used them, and their input positions that are gone."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +120,7 @@ def prune(
         DataError: training images are needed and there are none.
     """
     rule, plan = resolve_criterion(criterion), _schedule(schedule)
-    asked = _Size.of(sparsity, target, scope, round_to, tuple([keep] if isinstance(keep, str) else keep), rule)
+    asked = Size.of(sparsity, target, scope, round_to, tuple([keep] if isinstance(keep, str) else keep), rule)
     if rule.trains and plan.name != "one-shot":
         raise PruningError(f"criterion {rule.name!r} prunes while it trains: it takes the one-shot schedule only")
     given, origin = unpack(model, example_inputs)
@@ -178,160 +166,6 @@ def prune(
     )
 
 
-@dataclass(frozen=True)
-class _Size:
-    """What was asked for: how many channels go, of which groups."""
-
-    sparsity: Amount | None
-    target: Target | None
-    scope: str
-    round_to: int
-    keep: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        sparsity: Amount | str | None,
-        target: str | Target | None,
-        scope: str,
-        round_to: int,
-        keep: tuple[str, ...],
-        rule: Criterion,
-    ) -> _Size:
-        amount = parse_sparsity(sparsity) if isinstance(sparsity, str) else sparsity
-        goal = Target.parse(target) if isinstance(target, str) else target
-        if amount is not None and goal is not None:
-            raise PruningError(f"sparsity={amount} and target={goal} were given: expected one of the two")
-        if amount is None and goal is None and not rule.sizes_itself:
-            raise PruningError(
-                f"criterion {rule.name!r} does not decide how much goes: pass --sparsity 0.6, --target macs=0.5, or "
-                "another size"
-            )
-        if scope not in ("layer", "global"):
-            raise UnknownNameError("scope", scope, ("layer", "global"))
-        if scope == "global" and isinstance(amount, Mapping):
-            raise PruningError("scope global takes one sparsity, not one for each layer")
-        if scope == "global" and rule.trains:
-            raise PruningError(f"criterion {rule.name!r} has no scores before its training: it takes scope layer only")
-        if round_to < 1:
-            raise PruningError(f"round_to={round_to}: expected 1 or more")
-        return cls(amount, goal, scope, round_to, keep)
-
-    def prunable(self, groups: list[Group]) -> list[Group]:
-        """The groups that may lose channels."""
-        if not groups:
-            raise PruningError(
-                "nothing can be pruned: no layer but the classifier has channels to lose, or all of them are frozen"
-            )
-        for pattern in self.keep:
-            if not any(matches(group, pattern) for group in groups):
-                names = ", ".join(group.name for group in groups)
-                raise PruningError(f"keep {pattern!r}: no prunable layer matches; they are {names}")
-        left = [group for group in groups if not any(matches(group, pattern) for pattern in self.keep)]
-        if not left:
-            raise PruningError(f"nothing can be pruned: keep={list(self.keep)} matches every prunable layer")
-        return left
-
-    def counts(
-        self, model: nn.Module, example: Tensor, groups: list[Group], rule: Criterion, evidence: Evidence, before: Cost
-    ) -> tuple[dict[str, int] | None, TargetReached | None]:
-        """Channels to remove by group; None where the criterion decides."""
-        reached = None
-        if self.sparsity is None and self.target is None:
-            return None, None
-        if self.target is None and self.scope == "layer":
-            assert self.sparsity is not None
-            found = sparsity_counts(groups, self.sparsity, self.round_to)
-        else:
-            scores = rule.scores(groups, evidence) if self.scope == "global" else None
-            order = removal_order(groups, scores, self.round_to)
-            if self.target is None:
-                assert isinstance(self.sparsity, float | int)
-                found = order.share(self.sparsity)
-            else:
-                found, reached = meet_target(self.target, model, example, order, before)
-        return {group.name: count for group, count in zip(groups, found, strict=True)}, reached
-
-    def settings(self, rule: Criterion, plan: Schedule) -> dict[str, object]:
-        """What was asked for, in plain values."""
-        return {
-            "sparsity": dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity,
-            "target": None if self.target is None else str(self.target),
-            "criterion": {"name": rule.name, **_plain_options(rule)},
-            "scope": self.scope,
-            "round_to": self.round_to,
-            "keep": list(self.keep),
-            "schedule": {"name": plan.name, **_plain_options(plan)},
-        }
-
-    def nothing(self, record: _Record) -> str:
-        widest = max(record.widths.values())
-        if self.sparsity is None and self.target is None:
-            return "nothing was pruned: no removal improves the loss; give a sparsity or a target to prune all the same"
-        given = f"target {self.target}" if self.sparsity is None else f"sparsity {self.sparsity}"
-        return (
-            f"nothing was pruned: {given} with round_to {self.round_to} keeps every channel of layers up to "
-            f"{widest} wide; raise --sparsity or pass --round-to 1"
-        )
-
-
-def _plain_options(plugin: Any) -> dict[str, object]:
-    return {
-        name: value for name, value in asdict(plugin).items() if isinstance(value, bool | int | float | str | tuple)
-    }
-
-
-@dataclass
-class _Record:
-    """What has gone so far, in the channels' first numbers."""
-
-    widths: dict[str, int]
-    removed: dict[str, list[int]]
-    _alive: dict[str, list[int]]
-    _consumers: dict[str, list[tuple[str, Tensor, Tensor]]]
-
-    @classmethod
-    def of(cls, groups: Sequence[Group]) -> _Record:
-        consumers = {
-            g.name: [(layer.name, layer.indices, layer.channels) for layer in g.layers if layer.side == "in"]
-            for g in groups
-        }
-        widths = {g.name: g.channels for g in groups}
-        return cls(widths, {n: [] for n in widths}, {n: list(range(w)) for n, w in widths.items()}, consumers)
-
-    @property
-    def anything(self) -> bool:
-        return any(self.removed.values())
-
-    def due(self, groups: Sequence[Group], final: Mapping[str, int], fraction: float) -> list[int]:
-        """How many more go from each group to reach a fraction of the whole removal."""
-        due = []
-        for group in groups:
-            whole = final[group.name] if fraction >= 1 else int(final[group.name] * fraction + 1e-9)
-            more = max(0, whole - len(self.removed[group.name]))
-            due.append(more // group.divisions * group.divisions)
-        return due
-
-    def take(self, name: str, channels: Sequence[int]) -> None:
-        alive = self._alive[name]
-        self.removed[name] = sorted([*self.removed[name], *(alive[c] for c in channels)])
-        gone = set(channels)
-        self._alive[name] = [number for place, number in enumerate(alive) if place not in gone]
-
-    def layers(self) -> tuple[PrunedLayer, ...]:
-        found = []
-        for name, width in self.widths.items():
-            gone = torch.zeros(width, dtype=torch.bool)
-            gone[self.removed[name]] = True
-            consumers = tuple(
-                (layer, tuple(sorted(indices[gone[channels]].tolist())))
-                for layer, indices, channels in self._consumers[name]
-            )
-            removed = tuple(self.removed[name])
-            found.append(PrunedLayer(name, width, width - len(removed), removed, consumers))
-        return tuple(found)
-
-
 def prunable_layers(model: nn.Module, example: Tensor, *, keep: Sequence[str] = ()) -> dict[str, int]:
     """Channels of every group that may lose some, by the name of the layer that stands for it; the model is unchanged.
 
@@ -341,7 +175,7 @@ def prunable_layers(model: nn.Module, example: Tensor, *, keep: Sequence[str] = 
     copied = copy.deepcopy(model).eval()
     first = next(copied.parameters())
     groups = dependency_groups(copied, example.to(first))
-    return {group.name: group.channels for group in _Size(None, None, "layer", 1, tuple(keep)).prunable(groups)}
+    return {group.name: group.channels for group in Size(None, None, "layer", 1, tuple(keep)).prunable(groups)}
 
 
 def pruning_share(options: PruningOptions) -> float | None:
@@ -357,21 +191,21 @@ def _remove_in_steps(
     pruned: nn.Module,
     rule: Criterion,
     plan: Schedule,
-    asked: _Size,
+    asked: Size,
     evidence: Evidence,
     before: Cost,
     rewinder: Rewinder | None,
     flags: Mapping[str, bool],
-) -> tuple[_Record, TargetReached | None]:
+) -> tuple[Record, TargetReached | None]:
     """Remove channels in place, training and rewinding as the schedule says; sizes are settled at the first step."""
-    record: _Record | None = None
+    record: Record | None = None
     reached: TargetReached | None = None
     final: dict[str, int] | None = None
     for number, step in enumerate(plan.steps(evidence.training.epochs if plan.share else 0)):
         groups = asked.prunable(dependency_groups(pruned, evidence.example))
         step_rule = rule if step.criterion is None else resolve_criterion(step.criterion)
         if record is None:
-            record = _Record.of(groups)
+            record = Record.of(groups)
             final, reached = asked.counts(pruned, evidence.example, groups, step_rule, evidence, before)
         counts = None if final is None else record.due(groups, final, step.fraction)
         chosen = step_rule.choose(groups, evidence, counts)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from compress_uq.cost import Cost, evaluation_mode, interleaved_milliseconds, measure_cost
 from compress_uq.errors import PruningError
-from compress_uq.pruning.amounts import Ledger, Removals, Target
+from compress_uq.pruning.amounts import Removals, Target
 from compress_uq.pruning.criteria.criterion import least_important
 from compress_uq.pruning.graph.groups import dependency_groups
+from compress_uq.pruning.ledger import Ledger
 
 __all__ = ["TargetReached", "meet_target"]
 

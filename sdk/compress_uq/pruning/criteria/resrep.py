@@ -14,10 +14,11 @@ from torch import Tensor
 from compress_uq.cost import measure_cost
 from compress_uq.errors import InputError, PruningError, UnknownNameError
 from compress_uq.models import ChannelSelect
-from compress_uq.pruning.amounts import Ledger, removal_order
+from compress_uq.pruning.amounts import removal_order
 from compress_uq.pruning.criteria.compactor import Compactors
 from compress_uq.pruning.criteria.criterion import Criterion, Evidence
 from compress_uq.pruning.graph.groups import Group, filters
+from compress_uq.pruning.ledger import Ledger
 
 __all__ = ["ResRep"]
 
