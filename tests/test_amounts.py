@@ -288,3 +288,35 @@ def test_training_images_are_asked_for_by_name():
         cuq.prune(own("resnet20"), IMAGE, sparsity=0.5, schedule="iterative", training=QUICK)
     evidence = Evidence(own("resnet20"), IMAGE, small_splits(100))
     assert [len(images) for images, _ in evidence.images("taylor", 80, 32)] == [32, 32, 16]
+
+
+def test_a_ticket_of_frozen_initial_weights():
+    initial = own("resnet20")
+    trained = randomise(copy.deepcopy(initial))
+    initial.requires_grad_(False)
+    ticket = cuq.prune(trained, IMAGE, sparsity=0.5, round_to=1, schedule="lottery", initial=initial)
+    left = [c for c in range(16) if c not in next(x for x in ticket.layers if x.name == "conv1").removed]
+    assert torch.equal(ticket.model.conv1.weight, initial.conv1.weight[left])
+    assert ticket.model.conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.5}, "target=0.5"), ({"sparsity": 0.5, "round_to": 2.5}, "round_to=2.5"),
+        ({"sparsity": {"conv1": 0.0}}, "removes nothing"), ({"sparsity": "conv1=0.1,conv1=0.2"}, "twice"),
+        ({"sparsity": 0.5, "schedule": Iterative}, "configured schedule"), ({"criterion": "loss", "scope": "global"}, "global"),
+        ({"sparsity": 0.5, "criterion": lambda group: 1.0}, r"scores \(\)"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(PruningError, match=message):
+        cuq.prune(own("resnet20"), IMAGE, **options)
+
+
+def test_options_of_criteria_are_checked_when_they_are_made():
+    for make in (
+        lambda: cuq.pruning.HRank(images=0), lambda: cuq.pruning.L1(reduction="median"), lambda: Iterative(count=2.5),
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            make()

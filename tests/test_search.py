@@ -44,6 +44,16 @@ def test_no_size_within_the_budget_names_the_nearest_miss(dense, splits):
         searched(dense, splits, ["accuracy_drop<=-0.5"])
 
 
+def test_a_global_search_stays_below_the_cap_of_a_layer(dense, splits):
+    found = searched(dense, splits, ["accuracy_drop<=1"], pruning={"scope": "global", "round_to": 1}, trials=4)
+    assert found.sparsity == max(trial.sparsity for trial in found.trials) < 0.9
+
+
+def test_a_search_that_ends_at_sizes_with_nothing_to_remove_says_so(dense, splits):
+    with pytest.raises(PruningError, match="no size was found within the budget.*nothing was pruned"):
+        searched(dense, splits, ["accuracy_drop<=-1"], pruning={"round_to": 32}, trials=6)
+
+
 def test_budgets_that_cannot_be(dense, splits):
     with pytest.raises(InputError, match="accuracy_drop<=0.01"):
         cuq.Budget.parse("accuracy drop 1")
@@ -84,6 +94,18 @@ def test_sensitivity_blames_the_layer_that_hurts(dense, splits):
         dense.model, splits.example(), sparsity={name: 0.25}, round_to=1, splits=splits, training=QUICK, seed=QUICK.seed
     )
     assert [layer.name for layer in alone.layers if layer.removed] == [name]
+
+
+def test_what_sensitivity_leaves_out_and_refuses(dense, splits):
+    found = cuq.sensitivity(dense.model, splits, ratios=(0.02, 0.5), training=QUICK)
+    small = {trial.layer for trial in found.trials if trial.ratio == 0.02}
+    assert small == {trial.layer for trial in found.trials if trial.channels >= 50} != {t.layer for t in found.trials}
+    for bad, message in (
+        ({"ratios": (0.0001,)}, "no channel of any layer"), ({"ratios": (1.5,)}, "ratio 1.5"),
+        ({"pruning": {"criterion": "resrep"}}, "trains the model"), ({"pruning": {"sparsity": 0.5}}, "sparsity=0.5"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            cuq.sensitivity(dense.model, splits, training=QUICK, **bad)
 
 
 def test_the_sensitivity_command_writes_a_table_and_a_plot(checkpoint, command, tmp_path):

@@ -20,7 +20,7 @@ from compress_uq.bundle import Bundle, recipe_hash
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import TrainingConfig
 from compress_uq.data import Splits, identical_images
-from compress_uq.errors import CalibrationError, DataError, GateError, ModelError
+from compress_uq.errors import CalibrationError, DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
 from compress_uq.metrics import random_ause
 from compress_uq.models import Architecture, refuse_non_finite
@@ -103,6 +103,8 @@ def plan_compression(
         )  # fmt: skip
         pruning = {**pruning, "sparsity": search.sparsity}
     share = pruning_share(pruning)
+    if share is not None and config.epochs == 0:
+        raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
     # Where pruning trains, another criterion and a single step give the same sizes at once.
     outline: PruningOptions = pruning if share is None else {**pruning, **_outline(pruning)}
     pruned = prune(

@@ -15,7 +15,7 @@ from compress_uq.data import Augmentation, Splits
 from compress_uq.errors import CalibrationError, DataError, InputError, PruningError, UnknownNameError
 from compress_uq.held_out import held_out_figures
 from compress_uq.progress import Progress, ProgressCallback, silent
-from compress_uq.pruning import PruningOptions
+from compress_uq.pruning import LARGEST_SHARE, PruningOptions
 from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.steps import calibrate, fit_uncertainty
@@ -128,15 +128,25 @@ def search_sparsity(
     dense, origin = unpack(model)
     config = replace(training or TrainingConfig(), epochs=epochs)
     before, images = held_out_measures(dense, origin, splits, calibration, config, progress)
+    if pruning.get("scope") == "global":
+        largest = min(largest, LARGEST_SHARE)
+    reason = ""
     tried: list[Trial] = []
     low, high = 0.0, largest
     for number in range(trials):
         sparsity = round((low + high) / 2, 4)
         progress(Progress("searching", number, trials, f"sparsity {sparsity}"))
-        pruned, tuned = prune_and_finetune(
-            dense, splits, pruning={**pruning, "sparsity": sparsity}, method=method, training=config, augment=augment,
-            progress=progress,
-        )  # fmt: skip
+        try:
+            pruned, tuned = prune_and_finetune(
+                dense, splits, pruning={**pruning, "sparsity": sparsity}, method=method, training=config,
+                augment=augment, progress=progress,
+            )  # fmt: skip
+        except PruningError as error:
+            if not tried:
+                raise
+            # So small a share leaves every layer whole: there is nothing between it and the sizes that were tried.
+            reason = f" ({error})"
+            break
         after, _ = _measures(fit_uncertainty(tuned, splits), splits, calibration, config, progress)
         after["accuracy_drop"] = before["accuracy"] - after.pop("accuracy")
         measured = {name: after[name] for name in MEASURES}
@@ -156,7 +166,7 @@ def search_sparsity(
         missed = "; ".join(f"{b.measure} {nearest.measures[b.measure]:.4f}, budget {b}" for b in wanted)
         raise PruningError(
             f"no size was found within the budget: at sparsity {nearest.sparsity} {missed}; allow more, or search with "
-            "more epochs"
+            f"more epochs{reason}"
         )
     best = max((trial for trial in tried if trial.holds), key=lambda trial: trial.sparsity)
     return SearchResult(best.sparsity, wanted, tuple(tried), epochs, images)

@@ -1,6 +1,6 @@
 """Which channels go, when, and their removal."""
 
-from compress_uq.pruning.amounts import Amount, Target, kept_channels
+from compress_uq.pruning.amounts import LARGEST_SHARE, Amount, Target, kept_channels
 from compress_uq.pruning.criteria.bn import BatchNormScale
 from compress_uq.pruning.criteria.by_name import CRITERIA, configured_criterion, resolve_criterion
 from compress_uq.pruning.criteria.criterion import Criterion, Evidence, PerLayer
@@ -15,13 +15,14 @@ from compress_uq.pruning.criteria.random import Random
 from compress_uq.pruning.criteria.resrep import ResRep
 from compress_uq.pruning.criteria.taylor import Taylor
 from compress_uq.pruning.graph.groups import CoupledLayer, Group
-from compress_uq.pruning.prune import PruneResult, PruningOptions, prunable_layers, prune, pruning_share
+from compress_uq.pruning.prune import PruneResult, PruningOptions, check_pruning, prunable_layers, prune, pruning_share
 from compress_uq.pruning.record import PrunedLayer
 from compress_uq.pruning.schedules import SCHEDULES, Iterative, Lottery, OneShot, Schedule, configured_schedule
 from compress_uq.pruning.targets import TargetReached
 from compress_uq.pruning.weights import MaskedLayer, MaskResult, mask_weights, remove_masks
 
 __all__ = [
+    "LARGEST_SHARE",
     "CRITERIA",
     "BatchNormScale",
     "FPGM",
@@ -52,6 +53,7 @@ __all__ = [
     "Schedule",
     "Target",
     "TargetReached",
+    "check_pruning",
     "configured_criterion",
     "configured_schedule",
     "kept_channels",

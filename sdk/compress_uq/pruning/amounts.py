@@ -17,6 +17,7 @@ __all__ = [
     "Amount",
     "Removals",
     "Target",
+    "check_amount",
     "kept_channels",
     "matches",
     "parse_sparsity",
@@ -73,10 +74,13 @@ def parse_sparsity(text: str) -> Amount:
     try:
         if "=" not in text:
             return float(text)
-        pairs = [part.partition("=") for part in text.split(",")]
-        return {pattern.strip(): float(value) for pattern, _, value in pairs}
+        pairs = [(pattern.strip(), float(value)) for pattern, _, value in (p.partition("=") for p in text.split(","))]
     except ValueError as error:
         raise PruningError(f"sparsity {text!r}: expected a number such as 0.6, or PATTERN=NUMBER,...") from error
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise PruningError(f"sparsity {text!r}: a pattern is there twice")
+    return found
 
 
 def kept_channels(channels: int, sparsity: float, round_to: int) -> int:
@@ -101,15 +105,30 @@ def matches(group: Group, pattern: str) -> bool:
     )
 
 
+def check_amount(sparsity: Amount) -> None:
+    """See that a sparsity can be.
+
+    Raises:
+        PruningError: not a share, or a dictionary that removes nothing.
+    """
+    if not isinstance(sparsity, Mapping):
+        _check_share("sparsity", sparsity)
+        return
+    for pattern, value in sparsity.items():
+        _check_share(f"sparsity of {pattern!r}", value, lowest_allowed=True)
+    if not any(sparsity.values()):
+        raise PruningError(f"sparsity={dict(sparsity)} removes nothing: expected a share above 0 for some pattern")
+
+
 def sparsity_counts(groups: Sequence[Group], sparsity: Amount, round_to: int) -> list[int]:
     """Channels to remove from each group.
 
     Raises:
         PruningError: a sparsity that cannot be, or a pattern that no layer matches.
     """
+    check_amount(sparsity)
     if isinstance(sparsity, Mapping):
-        for pattern, value in sparsity.items():
-            _check_share(f"sparsity of {pattern!r}", value, lowest_allowed=True)
+        for pattern in sparsity:
             if not any(matches(group, pattern) for group in groups):
                 raise PruningError(
                     f"sparsity of {pattern!r}: no prunable layer matches; they are "
@@ -117,7 +136,6 @@ def sparsity_counts(groups: Sequence[Group], sparsity: Amount, round_to: int) ->
                 )
         shares = [next((v for pattern, v in sparsity.items() if matches(group, pattern)), 0.0) for group in groups]
     else:
-        _check_share("sparsity", sparsity)
         shares = [sparsity] * len(groups)
     return [
         _whole(group, group.channels - kept_channels(group.channels, share, round_to)) if share else 0

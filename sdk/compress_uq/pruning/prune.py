@@ -30,7 +30,7 @@ from compress_uq.pruning.targets import TargetReached
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.training import Epoch, resolve_device
 
-__all__ = ["PruneResult", "PrunedLayer", "PruningOptions", "prunable_layers", "prune", "pruning_share"]
+__all__ = ["PruneResult", "PrunedLayer", "PruningOptions", "check_pruning", "prunable_layers", "prune", "pruning_share"]
 
 
 class PruningOptions(TypedDict, total=False):
@@ -178,6 +178,21 @@ def prunable_layers(model: nn.Module, example: Tensor, *, keep: Sequence[str] = 
     return {group.name: group.channels for group in Size(None, None, "layer", 1, tuple(keep)).prunable(groups)}
 
 
+def check_pruning(options: PruningOptions) -> None:
+    """See, without a model, that the options can be and go together.
+
+    Raises:
+        PruningError: they cannot, or do not.
+    """
+    rule = resolve_criterion(options.get("criterion", "l1"))
+    _schedule(options.get("schedule", "one-shot"))
+    keep = options.get("keep", ())
+    Size.of(
+        options.get("sparsity"), options.get("target"), options.get("scope", "layer"), options.get("round_to", 8),
+        (keep,) if isinstance(keep, str) else tuple(keep), rule,
+    )  # fmt: skip
+
+
 def pruning_share(options: PruningOptions) -> float | None:
     """Of a run's epochs, the share that criterion or schedule spend while channels go; None where neither trains."""
     rule = resolve_criterion(options.get("criterion", "l1"))
@@ -238,7 +253,14 @@ def _rewinder(plan: Schedule, trained: nn.Module, initial: nn.Module | None, evi
 
 
 def _schedule(schedule: str | Schedule) -> Schedule:
-    return SCHEDULES[schedule]() if isinstance(schedule, str) else schedule
+    if isinstance(schedule, str):
+        return SCHEDULES[schedule]()
+    if not isinstance(schedule, Schedule):
+        raise PruningError(
+            f"schedule={schedule!r}: expected a name ({', '.join(SCHEDULES.names)}) or a configured schedule, "
+            "such as Iterative(count=3)"
+        )
+    return schedule
 
 
 def _first_cost(model: nn.Module, example: Tensor) -> Cost:

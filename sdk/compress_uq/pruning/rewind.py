@@ -53,7 +53,7 @@ class Rewinder:
         if self.dense is None:
             _draw_anew(pruned, self.evidence.seed)
             return
-        ticket = copy.deepcopy(self.dense)
+        ticket = copy.deepcopy(self.dense).requires_grad_(True)  # flags are the pruned network's, and it has its own
         for group in dependency_groups(ticket, self.evidence.example):
             if removed.get(group.name):
                 group.remove(list(removed[group.name]))

@@ -86,8 +86,8 @@ class Iterative(Schedule):
     """Criterion of the first step, such as `random` for weights that were never trained (Aguettaz, Net2)."""
 
     def __post_init__(self) -> None:
-        if self.count < 2:
-            raise PruningError(f"iterative schedule of {self.count} steps: expected 2 or more")
+        if not isinstance(self.count, int) or self.count < 2:
+            raise PruningError(f"iterative schedule of {self.count} steps: expected a whole number, 2 or more")
         if isinstance(self.curve, str):
             if self.curve not in _CURVES:
                 raise UnknownNameError("curve", self.curve, _CURVES)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from compress_uq.cost import Cost
 from compress_uq.errors import PruningError, UnknownNameError
-from compress_uq.pruning.amounts import Amount, Target, matches, parse_sparsity, removal_order, sparsity_counts
+from compress_uq.pruning.amounts import (
+    Amount,
+    Target,
+    check_amount,
+    matches,
+    parse_sparsity,
+    removal_order,
+    sparsity_counts,
+)
 from compress_uq.pruning.criteria import Criterion, Evidence
 from compress_uq.pruning.graph import Group
 from compress_uq.pruning.record import Record
@@ -47,6 +55,10 @@ class Size:
         """
         amount = parse_sparsity(sparsity) if isinstance(sparsity, str) else sparsity
         goal = Target.parse(target) if isinstance(target, str) else target
+        if goal is not None and not isinstance(goal, Target):
+            raise PruningError(f"target={goal!r}: expected a text such as macs=0.5, or a Target")
+        if amount is not None:
+            check_amount(amount)
         if amount is not None and goal is not None:
             raise PruningError(f"sparsity={amount} and target={goal} were given: expected one of the two")
         if amount is None and goal is None and not rule.sizes_itself:
@@ -56,12 +68,14 @@ class Size:
             )
         if scope not in ("layer", "global"):
             raise UnknownNameError("scope", scope, ("layer", "global"))
+        if scope == "global" and amount is None and goal is None:
+            raise PruningError(f"criterion {rule.name!r} decides the size of each layer: scope global needs a sparsity")
         if scope == "global" and isinstance(amount, Mapping):
             raise PruningError("scope global takes one sparsity, not one for each layer")
         if scope == "global" and rule.trains:
             raise PruningError(f"criterion {rule.name!r} has no scores before its training: it takes scope layer only")
-        if round_to < 1:
-            raise PruningError(f"round_to={round_to}: expected 1 or more")
+        if not isinstance(round_to, int) or round_to < 1:
+            raise PruningError(f"round_to={round_to}: expected a whole number, 1 or more")
         return cls(amount, goal, scope, round_to, keep)
 
     def prunable(self, groups: list[Group]) -> list[Group]:
@@ -104,11 +118,11 @@ class Size:
         return {
             "sparsity": dict(self.sparsity) if isinstance(self.sparsity, Mapping) else self.sparsity,
             "target": None if self.target is None else str(self.target),
-            "criterion": {"name": rule.name, **plain_options(rule)},
+            "criterion": {"name": rule.name, **_plain_options(rule)},
             "scope": self.scope,
             "round_to": self.round_to,
             "keep": list(self.keep),
-            "schedule": {"name": plan.name, **plain_options(plan)},
+            "schedule": {"name": plan.name, **_plain_options(plan)},
         }
 
     def nothing(self, record: Record) -> str:
@@ -123,7 +137,6 @@ class Size:
         )
 
 
-def plain_options(plugin: Any) -> dict[str, object]:
-    return {
-        name: value for name, value in asdict(plugin).items() if isinstance(value, bool | int | float | str | tuple)
-    }
+def _plain_options(plugin: Any) -> dict[str, object]:
+    values = {field.name: getattr(plugin, field.name) for field in fields(plugin)}
+    return {name: value for name, value in values.items() if isinstance(value, bool | int | float | str | tuple)}

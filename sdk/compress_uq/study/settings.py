@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import TrainingConfig, configured
 from compress_uq.errors import InputError, ModelError, UnknownNameError
 from compress_uq.inputs import configure_method
-from compress_uq.pruning import SCHEDULES, PruningOptions, configured_criterion, prune
+from compress_uq.pruning import SCHEDULES, PruningOptions, check_pruning, configured_criterion, prune
 from compress_uq.search import Budget
 from compress_uq.steps import training_config
 from compress_uq.storage import sha256
@@ -111,6 +111,8 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
     pruning["schedule"] = configured(
         SCHEDULES[pruning.get("schedule", "one-shot")], _texts(given.get("schedule_option", {}))
     )
+    if not given.get("budget"):
+        check_pruning(cast(PruningOptions, pruning))
     calibration = given.get("calibration", "temperature")
     CALIBRATORS[calibration]
     method, _ = configure_method(given.get("uq", "mc-dropout"), {**_part(given, _METHOD), "seed": training.seed})

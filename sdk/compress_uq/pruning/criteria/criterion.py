@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from compress_uq.config import TrainingConfig
 from compress_uq.data import Augmentation, Splits, batches
-from compress_uq.errors import PruningError
+from compress_uq.errors import PruningError, UnknownNameError
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning.graph.groups import CoupledLayer, Group
 from compress_uq.training import AfterBackward, Epoch, fit_network
 
-__all__ = ["Criterion", "Evidence", "OwnCriterion", "PerLayer", "least_important", "reduce_layers"]
+__all__ = ["Criterion", "Evidence", "OwnCriterion", "PerLayer", "check_reduction", "least_important", "reduce_layers"]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class OwnCriterion(Criterion):
 
     def scores(self, groups: Sequence[Group], evidence: Evidence) -> list[Tensor]:
         """The function's."""
-        return [self.function(group) for group in groups]
+        return [torch.as_tensor(self.function(group)) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,9 @@ class PerLayer(Criterion):
     """`mean`, `sum` or `max` over the group's layers; `first`: the layer that names the group alone."""
     normalised: ClassVar[bool] = True
     """Each layer is divided by its mean; False where the score itself makes layers comparable."""
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduction)
 
     @abstractmethod
     def layer_scores(self, layer: CoupledLayer, evidence: Evidence) -> Tensor | None:
@@ -165,6 +168,16 @@ class PerLayer(Criterion):
         ]
 
 
+def check_reduction(reduction: str) -> None:
+    """See that a reduction is known.
+
+    Raises:
+        UnknownNameError: it is not; names the nearest.
+    """
+    if reduction not in _REDUCTIONS:
+        raise UnknownNameError("reduction", reduction, _REDUCTIONS)
+
+
 def reduce_layers(
     group: Group, scores: dict[int, Tensor], reduction: str, criterion: str, *, normalised: bool = True
 ) -> Tensor:
@@ -176,8 +189,7 @@ def reduce_layers(
     Raises:
         PruningError: no layer has a score, or the reduction is unknown.
     """
-    if reduction not in _REDUCTIONS:
-        raise PruningError(f"reduction={reduction!r}: expected one of {', '.join(_REDUCTIONS)}")
+    check_reduction(reduction)
     if not scores:
         raise PruningError(f"criterion {criterion!r} finds nothing to rank in {group.name}: no layer that it scores")
     rows = []

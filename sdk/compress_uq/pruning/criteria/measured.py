@@ -18,7 +18,7 @@ from compress_uq.errors import PruningError
 from compress_uq.models import as_logits
 from compress_uq.predict import default_batch_size
 from compress_uq.progress import Progress
-from compress_uq.pruning.criteria.criterion import Criterion, Evidence, reduce_layers
+from compress_uq.pruning.criteria.criterion import Criterion, Evidence, check_reduction, reduce_layers
 from compress_uq.pruning.graph.groups import CoupledLayer, Group
 
 __all__ = ["Gradients", "Measured", "filter_sums"]
@@ -38,6 +38,11 @@ class Measured(Criterion):
     normalised: ClassVar[bool] = False
     """As for `PerLayer`: a change of the loss compares layers as it is."""
 
+    def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+        if self.images < 1:
+            raise PruningError(f"criterion {self.name!r} with images={self.images}: expected 1 or more")
+
     @abstractmethod
     def measure(self, layers: Mapping[str, nn.Module], evidence: Evidence) -> Mapping[str, Tensor]:
         """Importance (out_channels,) of the outputs of each named layer; a layer that has none may be left out."""
@@ -47,10 +52,8 @@ class Measured(Criterion):
 
         Raises:
             DataError: no training split, or labels that the model has no class for.
-            PruningError: no images asked for, or a layer that its score cannot be measured for.
+            PruningError: a layer that its score cannot be measured for.
         """
-        if self.images < 1:
-            raise PruningError(f"criterion {self.name!r} with images={self.images}: expected 1 or more")
         scored = [{i: layer for i, layer in enumerate(group.layers) if _has_filters(layer)} for group in groups]
         layers = {layer.name: layer.module for places in scored for layer in places.values()}
         with evaluation_mode(evidence.model):
