@@ -214,3 +214,10 @@ def test_unwritable_places(tmp_path):
             num_classes=10,
             input_shape=(1, 8, 8),
         )
+
+
+def test_a_model_whose_modules_ask_for_the_version_of_their_weights(tmp_path):
+    model = cuq.build_model("torchvision:mnasnet0_5", num_classes=10)
+    cuq.save_model(model, tmp_path / "m.pt", arch="torchvision:mnasnet0_5", num_classes=10)
+    back = cuq.load_model(tmp_path / "m.pt")
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())

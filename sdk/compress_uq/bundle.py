@@ -20,7 +20,7 @@ from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import Cost
 from compress_uq.errors import ArtifactError, InputError
 from compress_uq.export import ExportResult, export_onnx
-from compress_uq.models import Architecture
+from compress_uq.models import Architecture, versioned
 from compress_uq.report import ReportCard
 from compress_uq.report.card import markdown
 from compress_uq.stages import Origin
@@ -255,7 +255,7 @@ def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> 
     model = UncertainModel(members, method, _origin(structure["origin"]), CALIBRATORS[structure["calibrator"]]())
     state = load_tensors(tensors)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(versioned(model, state))
     except RuntimeError as error:
         raise ArtifactError(
             f"model.safetensors does not fit structure.json: {str(error).splitlines()[1].strip()}"

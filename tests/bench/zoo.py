@@ -28,6 +28,7 @@ from torch import nn
 
 import compress_uq as cuq
 from compress_uq.errors import CompressUQError, UncertaintyError
+from compress_uq.models import versioned
 from compress_uq.structure import describe_structure, rebuild
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def export(name: str, folder: Path) -> dict[str, Any]:
     """The second process."""
     model = rebuild(build(name), json.loads((folder / "structure.json").read_text()))
     weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items()})
+    model.load_state_dict(versioned(model, {k.removeprefix("model."): v for k, v in weights.items()}))
     kept = load_file(folder / "answers.safetensors")
     with torch.no_grad():
         row: dict[str, Any] = {"loads": torch.equal(model.eval()(kept["images"]), kept["answers"])}

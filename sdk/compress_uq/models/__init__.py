@@ -10,6 +10,7 @@ from compress_uq.models.files import (
     read_checkpoint,
     refuse_non_finite,
     save_model,
+    versioned,
 )
 from compress_uq.models.layers import ChannelSelect
 from compress_uq.models.outputs import as_logits
@@ -29,4 +30,5 @@ __all__ = [
     "read_checkpoint",
     "refuse_non_finite",
     "save_model",
+    "versioned",
 ]

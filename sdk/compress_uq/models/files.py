@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,16 @@ from compress_uq.models.architectures import Architecture, import_from_here
 from compress_uq.models.layers import ChannelSelect
 from compress_uq.storage import write_bytes
 
-__all__ = ["Checkpoint", "DataRecord", "ModelFile", "load_model", "open_model_file", "read_checkpoint", "save_model"]
+__all__ = [
+    "Checkpoint",
+    "DataRecord",
+    "ModelFile",
+    "load_model",
+    "open_model_file",
+    "read_checkpoint",
+    "save_model",
+    "versioned",
+]
 
 _FORMAT = "compress-uq-checkpoint"
 _FORMAT_VERSION = 1
@@ -294,7 +304,14 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], file: Path, reference: s
         raise ModelError(
             f"{file} does not fit {reference}: {extra} {tuple(state[extra].shape)} is in the file and not in the model"
         )
-    model.load_state_dict(dict(state), strict=False)
+    model.load_state_dict(versioned(model, state), strict=False)
+
+
+def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as of the model's own version: files of tensors do not tell it, and some modules ask."""
+    state = OrderedDict(state)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return state
 
 
 def _without_weights(model: nn.Module, name: str) -> bool:
