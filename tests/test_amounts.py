@@ -320,3 +320,14 @@ def test_options_of_criteria_are_checked_when_they_are_made():
     ):  # fmt: skip
         with pytest.raises(InputError):
             make()
+
+
+def test_options_given_as_texts():
+    assert cuq.pruning.configured_schedule("iterative", {"count": "4", "curve": "0.5,1"}) == Iterative(4, (0.5, 1.0))
+    assert cuq.pruning.configured_criterion("resrep", {"inner": "true", "lr": "0.1"}).inner is True
+    for name, options, message in (
+        ("iterative", {"count": "x"}, "count=x: expected a whole number"), ("one-shot", {"count": "3"}, "has no options"),
+        ("iterative", {"cuont": "3"}, "did you mean 'count'"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            cuq.pruning.configured_schedule(name, options)

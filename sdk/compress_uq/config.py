@@ -80,6 +80,8 @@ def configured(kind: type[T], texts: Mapping[str, str]) -> T:
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, text in texts.items():
+        if not defaults:
+            raise InputError(f"{name}={text}: {getattr(kind, 'name', kind.__name__)} has no options")
         if name not in defaults:
             raise UnknownNameError(f"option of {getattr(kind, 'name', kind.__name__)}", name, defaults)
         values[name] = _read(name, text, defaults[name])
@@ -95,7 +97,8 @@ def _read(name: str, text: str, default: Any) -> Any:
         parts = text.split(",")
         return tuple(float(part) for part in parts) if len(parts) > 1 else text
     except (ValueError, KeyError) as error:
-        raise InputError(f"{name}={text}: expected a {type(default).__name__}, such as {default}") from error
+        kind = {bool: "true or false", int: "a whole number"}.get(type(default), "a number")
+        raise InputError(f"{name}={text}: expected {kind}, such as {default}") from error
 
 
 def to_toml(config: Any) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from compress_uq.calibration import CALIBRATORS
-from compress_uq.config import TrainingConfig, configured
+from compress_uq.config import TrainingConfig
 from compress_uq.errors import InputError, ModelError, UnknownNameError
 from compress_uq.inputs import configure_method
-from compress_uq.pruning import SCHEDULES, PruningOptions, check_pruning, configured_criterion, prune
+from compress_uq.pruning import PruningOptions, check_pruning, configured_criterion, configured_schedule, prune
 from compress_uq.search import Budget
 from compress_uq.steps import training_config
 from compress_uq.storage import sha256
@@ -108,8 +108,8 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
     pruning["criterion"] = configured_criterion(
         pruning.get("criterion", "l1"), _texts(given.get("criterion_option", {}))
     )
-    pruning["schedule"] = configured(
-        SCHEDULES[pruning.get("schedule", "one-shot")], _texts(given.get("schedule_option", {}))
+    pruning["schedule"] = configured_schedule(
+        pruning.get("schedule", "one-shot"), _texts(given.get("schedule_option", {}))
     )
     if not given.get("budget"):
         check_pruning(cast(PruningOptions, pruning))
