@@ -18,13 +18,14 @@ PACKAGE = ROOT / "sdk" / "compress_uq"
 LAYERS = [
     {"_version", "errors", "types", "progress"},
     {"registry", "storage", "runtime"},
+    {"fitted"},
     {"config", "cost", "models", "metrics"},
     {"data"},
     {"stages", "predict", "training"},
-    {"pruning", "uq", "calibration"},
+    {"pruning", "uq", "calibration", "scores", "decisions"},
     {"uncertain", "structure"},
     {"steps", "report", "export"},
-    {"shrinking", "held_out"},
+    {"shrinking", "held_out", "finishing"},
     {"search"},
     {"layer_sensitivity"},
     {"bundle", "listing", "inputs"},
@@ -34,7 +35,7 @@ LAYERS = [
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 DOORS = {
     "torch_pruning": {"pruning"},
-    "netcal": set(),
+    "netcal": {"calibration"},
     "onnx": {"export"},
     "onnxruntime": {"runtime"},
     "onnxscript": {"export"},

@@ -42,7 +42,7 @@ def test_members_minimise_the_nll_of_their_mean():
 
 
 def test_the_temperature_acts_on_the_logits():
-    fitted = Temperature(np.log(2.0))
+    fitted = Temperature(log_temperature=torch.tensor(2.0).log())
     assert torch.allclose(fitted.logits(torch.tensor([[[2.0, 4.0]]])), torch.tensor([[[1.0, 2.0]]]))
     assert torch.equal(Identity.fit(np.zeros((1, 1, 2)), np.zeros(1)).logits(torch.ones(1, 1, 2)), torch.ones(1, 1, 2))
 
@@ -54,7 +54,8 @@ def test_a_separable_split_has_no_temperature():
 
 
 def test_an_unfitted_calibrator_does_not_pass_for_one():
-    assert torch.isnan(Temperature().logits(torch.ones(1, 1, 2))).all()
+    with pytest.raises(CalibrationError, match="before it was fitted"):
+        Temperature().logits(torch.ones(1, 1, 2))
 
 
 def test_calibrate_needs_its_split_and_a_known_method(dense, splits):

@@ -20,7 +20,7 @@ from compress_uq.runtime import OnnxPredictor
 from compress_uq.stages import Origin
 from compress_uq.types import OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel, summarise
-from compress_uq.uq import MSP, MCDropout, Members
+from compress_uq.uq import MSP, MCDropout, Networks, Trained
 from small_models import own, randomise
 
 SHAPE = (1, 8, 8)
@@ -35,7 +35,7 @@ def uncertain() -> UncertainModel:
     )
     model[-1].weight.data *= 5
     method = MCDropout(p=0.2, samples=5)
-    return UncertainModel(method.fit(model, origin), method, origin)
+    return UncertainModel(method.fit(Trained((model,), origin)), method, origin)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_members_without_effect_are_an_error(uncertain, tmp_path):
 
 def test_sampling_where_nothing_is_sampled(tmp_path):
     origin = Origin(SHAPE)
-    plain = UncertainModel(MSP().fit(own("cnn", SHAPE, widths=(8,)), origin), MSP(), origin)
+    plain = UncertainModel(MSP().fit(Trained((own("cnn", SHAPE, widths=(8,)),), origin)), MSP(), origin)
     with pytest.raises(UncertaintyError, match="nothing is sampled"):
         cuq.export_onnx(plain, tmp_path / "m.onnx", sampling="seeded")
     cuq.export_onnx(plain, tmp_path / "m.onnx")
@@ -363,19 +363,8 @@ def test_metadata_is_json(content):
         json.loads(entry.value)
 
 
-class Ensemble(Members):
-    """Two members that need no sampling: what later methods will be."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 2
-        self.network = nn.ModuleList(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2))
-
-    def forward(self, images, seed=None):
-        return torch.stack([network(images) for network in self.network])
-
-
 def test_any_members_export(tmp_path):
-    model = UncertainModel(Ensemble(), MSP(), Origin(SHAPE))
+    members = Networks([nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)], head="1")
+    model = UncertainModel(members, MSP(), Origin(SHAPE))
     result = cuq.export_onnx(model, tmp_path / "m.onnx")
     assert set(result.gates) == {"operators", "signature", "one file", "optimisation", "parity", "batch", "members"}

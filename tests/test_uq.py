@@ -13,7 +13,7 @@ from compress_uq.cost import Cost, count_macs, measure_cost
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
 from compress_uq.uncertain import UncertainModel, summarise
-from compress_uq.uq import MSP, DropoutNetwork, MCDropout, SampledDropout, find_sites
+from compress_uq.uq import MSP, DropoutNetwork, MCDropout, SampledDropout, Trained, find_sites
 from compress_uq.uq.dropout import find_fold
 from compress_uq.uq.masks import hashed_masks, random_masks, stratified_masks
 from compress_uq.uq.sites import functional_dropout
@@ -130,7 +130,7 @@ def test_auto_takes_the_largest_set_within_the_budget():
     assert [s.module for s in wider.sites][0] == "layer3.1"
     assert wider.ratio <= 1.0
     # The plan's cost is what a prediction costs.
-    members = MCDropout(samples=7).fit(result.model, result.origin)
+    members = MCDropout(samples=7).fit(Trained((result.model,), result.origin))
     counted = count_macs(members, torch.randn(1, 3, 32, 32))
     assert counted == MCDropout(samples=7).plan(result.model, result.origin).macs
 
@@ -217,7 +217,7 @@ def test_fixed_samples_approach_the_dropout_distribution():
             module.eval()
     with torch.no_grad():
         plain = torch.stack([network(images).softmax(1) for _ in range(3000)])
-        many = MCDropout(p=0.2, samples=2000).fit(model, origin)(images).softmax(2)
+        many = MCDropout(p=0.2, samples=2000).fit(Trained((model,), origin))(images).softmax(2)
     spread = plain.std(0) / np.sqrt(3000)
     assert (many.mean(0) - plain.mean(0)).abs().max() < 5 * spread.max() + 0.01
     assert (many.std(0) / plain.std(0)).mean().item() == pytest.approx(1, abs=0.1)
@@ -232,7 +232,7 @@ def test_training_drops_at_random_and_eval_does_not():
 
 
 def test_predicting_changes_no_batch_norm_statistic_whatever_mode_is_asked():
-    model = UncertainModel(MSP().fit(own("resnet20"), Origin()), MSP(), Origin((3, 32, 32)))
+    model = UncertainModel(MSP().fit(Trained((own("resnet20"),), Origin())), MSP(), Origin((3, 32, 32)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     first = model.train()(torch.ones(2, 3, 32, 32)).probabilities
     assert not any(m.training for m in model.modules())

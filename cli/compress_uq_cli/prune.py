@@ -215,7 +215,7 @@ def _show_plan(plan: cuq.pipeline.CompressionPlan, training: cuq.TrainingConfig,
         rows.append(["pruning while training", f"the first {share:.0%} of the epochs; sizes above are those to come"])
     rows.append(["fine-tuning", f"{training.epochs} epochs, learning rate {training.lr}, batch {training.batch_size}"])
     rows.append(["data", f"{splits.info.name}, mean {splits.info.mean}, std {splits.info.std}"])
-    rows.append(["calibration images", plan.calibration])
+    rows.append(["calibration images", plan.calibration_images])
     if plan.search is not None:
         show_table(
             "Search", ["sparsity", "parameters", "MACs", *plan.search.trials[0].measures, ""], _trials(plan.search)

@@ -18,11 +18,15 @@ from torch import nn
 from compress_uq._version import __version__
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import Cost
+from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.errors import ArtifactError, InputError
 from compress_uq.export import ExportResult, export_onnx
+from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.models import Architecture, versioned
+from compress_uq.registry import Registry
 from compress_uq.report import ReportCard
 from compress_uq.report.card import markdown
+from compress_uq.scores import SCORES
 from compress_uq.stages import Origin
 from compress_uq.storage import refuse_existing, replace_directory, sha256
 from compress_uq.structure import describe_structure, rebuild
@@ -31,8 +35,17 @@ from compress_uq.uq import METHODS
 
 __all__ = ["FORMAT_VERSION", "Bundle", "verify_files", "recipe_hash"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILES = ("model.safetensors", "structure.json", "report.json", "report.md", "report.html", "model.onnx")
+
+_PARTS: dict[str, Registry[Any]] = {
+    "calibrator": CALIBRATORS,
+    "score": SCORES,
+    "ood_score": SCORES,
+    "acceptance": ACCEPTANCE_RULES,
+    "sets": SET_RULES,
+}
+"""What an uncertain model holds besides its members, each restored by name."""
 
 _NO_ARCHITECTURE = (
     "this bundle does not name an architecture that is rebuilt on its own: name its package.module:callable again with "
@@ -156,7 +169,7 @@ class Bundle:
         folder = Path(path)
         manifest = verify_files(folder)
         files = {name: (folder / name).read_bytes() for name in FILES}
-        structure = json.loads(files["structure.json"])
+        structure = _current(json.loads(files["structure.json"]))
         dense = _dense(structure, model, arch)
         uncertain = None if dense is None else _rebuild(structure, dense, files["model.safetensors"])
         report = json.loads(files["report.json"])
@@ -222,10 +235,14 @@ def _structure(model: UncertainModel, dense: nn.Module, architecture: Architectu
     return {
         "format_version": FORMAT_VERSION,
         "architecture": None if architecture is None else architecture.to_json(),
-        "network": describe_structure(dense, model.members.network),
+        "networks": [describe_structure(dense, network) for network in model.members.networks],
         "method": {"name": model.method.name, "options": vars(model.method)},
         "members": model.members.structure(),
-        "calibrator": model.calibrator.name,
+        "calibrator": fitted_record(model.calibrator),
+        "score": fitted_record(model.score),
+        "ood_score": fitted_record(model.ood_score),
+        "acceptance": fitted_record(model.acceptance),
+        "sets": fitted_record(model.sets),
         "origin": asdict(origin),
     }
 
@@ -250,10 +267,14 @@ def _dense(
 def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> UncertainModel:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in structure["method"]["options"].items()}
     method = METHODS[structure["method"]["name"]](**options)
-    network = rebuild(dense, structure["network"]).eval()
-    members = method.restore(network, structure["members"])
-    model = UncertainModel(members, method, _origin(structure["origin"]), CALIBRATORS[structure["calibrator"]]())
+    networks = [rebuild(dense, described).eval() for described in structure["networks"]]
     state = load_tensors(tensors)
+    model = UncertainModel(
+        method.restore(networks, structure["members"]),
+        method,
+        _origin(structure["origin"]),
+        **{part: restore_fitted(registry, structure[part], state, f"{part}.") for part, registry in _PARTS.items()},
+    )
     try:
         model.load_state_dict(versioned(model, state))
     except RuntimeError as error:
@@ -261,6 +282,14 @@ def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> 
             f"model.safetensors does not fit structure.json: {str(error).splitlines()[1].strip()}"
         ) from error
     return model
+
+
+def _current(structure: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A structure of format 1 in today's form: one network, a calibrator, and nothing else that was fitted."""
+    if structure["format_version"] > 1:
+        return structure
+    fitted = {"calibrator": {"name": structure["calibrator"], "options": {}}}
+    return {**structure, "networks": [structure["network"]], **dict.fromkeys(_PARTS), **fitted}
 
 
 def _origin(data: Mapping[str, Any]) -> Origin:

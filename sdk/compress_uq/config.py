@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from compress_uq.errors import InputError, UnknownNameError
 
-__all__ = ["TrainingConfig", "configured", "from_toml", "to_toml"]
+__all__ = ["AnswerConfig", "TrainingConfig", "configured", "from_toml", "to_toml"]
 
 T = TypeVar("T")
 
@@ -28,8 +28,9 @@ class TrainingConfig:
     optimizer: str = "sgd"
     """`sgd` (Nesterov momentum 0.9) or `adam`."""
     weight_decay: float = 5e-4
-    lr_schedule: str = "one-cycle"
-    """`one-cycle` (up for a quarter, then down), `cosine` or `constant`."""
+    lr_schedule: str = "auto"
+    """`one-cycle` (up for a quarter, then down), `cosine`, `constant`, `hold` (down to half, then held), or `auto`:
+    what the uncertainty method wants, one-cycle where it wants nothing."""
     augment: str = "auto"
     """A name of `compress-uq methods`, or `auto`: what suits the data set."""
     class_weights: str | tuple[float, ...] = "none"
@@ -53,11 +54,19 @@ class TrainingConfig:
         _check("distillation_temperature", temperature, temperature > 0, "above 0")
         _check("workers", self.workers, self.workers >= 0, "0 or more")
         _choice("optimizer", self.optimizer, ("sgd", "adam"))
-        _choice("lr_schedule", self.lr_schedule, ("one-cycle", "cosine", "constant"))
+        _choice("lr_schedule", self.lr_schedule, ("auto", "one-cycle", "cosine", "constant", "hold"))
         if isinstance(self.class_weights, str):
             _choice("class_weights", self.class_weights, ("none", "balanced"))
         elif any(not math.isfinite(w) or w < 0 for w in self.class_weights) or not any(self.class_weights):
             raise InputError(f"class_weights={self.class_weights}: expected weights of 0 or more, not all 0")
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """What a prediction says besides the probabilities as the members give them."""
+
+    calibration: str = "temperature"
+    """A calibrator's name."""
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:

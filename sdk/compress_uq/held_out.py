@@ -7,11 +7,12 @@ import contextlib
 import numpy as np
 import torch
 
-from compress_uq.calibration import CALIBRATORS
+from compress_uq.calibration import CALIBRATORS, Calibrator
 from compress_uq.data import Splits, take_class_balanced
 from compress_uq.errors import CalibrationError, DataError
 from compress_uq.metrics import classification_figures
 from compress_uq.progress import ProgressCallback, silent
+from compress_uq.scores import Score
 from compress_uq.steps import logits_of_members
 from compress_uq.uncertain import UncertainModel, summarise
 
@@ -29,7 +30,7 @@ def held_out_figures(
     """
     if splits.decision is not None:
         logits, labels = logits_of_members(model, splits.decision, device=device, progress=progress, stage="held out")
-        return _figures(model.calibrator.logits(torch.from_numpy(logits)), labels), "held out: the decision split"
+        return _figures(*_answers(logits, model.calibrator, model.score), labels), "held out: the decision split"
     if splits.calibration is None:
         return {}, "held out: nothing, since there is neither a decision nor a calibration split"
     logits, labels = logits_of_members(model, splits.calibration, device=device, progress=progress, stage="held out")
@@ -37,27 +38,35 @@ def held_out_figures(
         halves = take_class_balanced(torch.from_numpy(labels), 0.5, seed=0)
     except DataError as error:
         return {}, f"held out: nothing, since the calibration split cannot be halved ({error})"
-    calibrated, fitted = _cross_fitted(model.calibrator.name, logits, labels, halves)
+    probabilities, uncertainty, fitted = _cross_fitted(model, logits, labels, halves)
     source = "held out: the calibration split, cross-fitted in two halves"
     if fitted < 2:
         source += f", {2 - fitted} of them uncalibrated, since too few of the other half are classified wrong"
-    return _figures(torch.from_numpy(calibrated), labels), source
+    return _figures(probabilities, uncertainty, labels), source
 
 
 def _cross_fitted(
-    calibrator: str, logits: np.ndarray, labels: np.ndarray, halves: tuple[list[int], list[int]]
-) -> tuple[np.ndarray, int]:
-    """Members' logits (T, N, K), each half calibrated by what the other half says, and how many were."""
-    calibrated, count = logits.copy(), 0
+    model: UncertainModel, logits: np.ndarray, labels: np.ndarray, halves: tuple[list[int], list[int]]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Probabilities (N, K) and uncertainty (N,), each half calibrated by what the other says; how many halves were."""
+    probabilities = np.empty(logits.shape[1:], np.float32)
+    uncertainty = np.empty(logits.shape[1], np.float32)
+    count = 0
     for fitted_on, applied_to in (halves, halves[::-1]):
+        calibrator = None
         with contextlib.suppress(CalibrationError):
-            fitted = CALIBRATORS[calibrator].fit(logits[:, fitted_on], labels[fitted_on])
-            calibrated[:, applied_to] = fitted.logits(torch.from_numpy(logits[:, applied_to])).numpy()
+            calibrator = CALIBRATORS[model.calibrator.name].fit(logits[:, fitted_on], labels[fitted_on])
             count += 1
-    return calibrated, count
+        probabilities[applied_to], uncertainty[applied_to] = _answers(logits[:, applied_to], calibrator, model.score)
+    return probabilities, uncertainty, count
 
 
-def _figures(logits: torch.Tensor, labels: np.ndarray) -> dict[str, float | None]:
-    prediction = summarise(logits)
-    figures = classification_figures(prediction.probabilities.numpy(), labels, prediction.uncertainty.numpy())
+def _answers(logits: np.ndarray, calibrator: Calibrator | None, score: Score) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and uncertainty of members' logits (T, N, K); a score of features gives way to 1 - confidence."""
+    prediction = summarise(torch.from_numpy(logits), calibrator=calibrator, score=None if score.of_features else score)
+    return prediction.probabilities.numpy(), prediction.uncertainty.numpy()
+
+
+def _figures(probabilities: np.ndarray, uncertainty: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    figures = classification_figures(probabilities, labels, uncertainty)
     return {name: figure.to_json()["value"] for name, figure in figures.items()}

@@ -17,11 +17,11 @@ from torch import nn
 
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
-from compress_uq.calibration import CALIBRATORS
-from compress_uq.config import TrainingConfig
+from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.data import Splits, identical_images
-from compress_uq.errors import CalibrationError, DataError, GateError, InputError, ModelError
+from compress_uq.errors import DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
+from compress_uq.finishing import AnswerOptions, check_answers, finish, finish_model
 from compress_uq.metrics import random_ause
 from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
@@ -32,22 +32,21 @@ from compress_uq.search import Budget, SearchResult, search_sparsity
 from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.steps import (
+    FinetuneResult,
     TrainingOptions,
-    calibrate,
     finetune,
-    fit_uncertainty,
     resolve_method,
     training_config,
 )
 from compress_uq.training import Epoch
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Method
+from compress_uq.uq import MSP, Method, Trained
 
 __all__ = ["CompressionPlan", "compress", "plan_compression"]
 
 
-class CompressOptions(PruningOptions, TrainingOptions, total=False):
-    """What `compress` hands on to `prune` and to `finetune`."""
+class CompressOptions(PruningOptions, TrainingOptions, AnswerOptions, total=False):
+    """What `compress` hands on to `prune`, to `finetune` and to the last steps."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,9 @@ class CompressionPlan:
     method: Method
     uncertainty: Mapping[str, object]
     """What the method will do to this model, and the cost of a prediction."""
-    calibration: str
+    answers: AnswerConfig
+    calibration_images: str
+    """Which images the calibrator sees."""
     warnings: tuple[str, ...]
     search: SearchResult | None = None
     """How the size was found, where a budget decides it."""
@@ -74,7 +75,6 @@ def plan_compression(
     splits: Splits,
     *,
     uq: str | Method = "mc-dropout",
-    calibration: str = "temperature",
     training: TrainingConfig | None = None,
     budget: Sequence[str | Budget] = (),
     progress: ProgressCallback = silent,
@@ -87,18 +87,17 @@ def plan_compression(
     Raises:
         InputError: whatever the stages would refuse.
     """
-    pruning, tuning = _sort(options)
+    pruning, tuning, answers = _sort(options)
     config, augment = training_config(training, tuning)
     dense, _ = unpack(model)
     method = resolve_method(uq)
     splits.require("test", "the report card")
-    if CALIBRATORS[calibration].name != "none":
-        splits.require("calibration", f"calibration {calibration!r}")
+    check_answers(answers, splits)
     refuse_non_finite(dense, "the model")
     search = None
     if budget:
         search = search_sparsity(
-            model, splits, budget, pruning=pruning, method=method, calibration=calibration, training=config,
+            model, splits, budget, pruning=pruning, method=method, calibration=answers.calibration, training=config,
             augment=augment, progress=progress,
         )  # fmt: skip
         pruning = {**pruning, "sparsity": search.sparsity}
@@ -118,7 +117,9 @@ def plan_compression(
         warnings.append(f"dropout called as a function in {names} is not a site: only dropout modules are sampled")
     for pair, count in identical_images(splits).items():
         warnings.append(f"{count} identical images are in both parts of {pair}")
-    return CompressionPlan(pruned, pruning, share, method, described, splits.info.calibration, tuple(warnings), search)
+    return CompressionPlan(
+        pruned, pruning, share, method, described, answers, splits.info.calibration, tuple(warnings), search
+    )
 
 
 def compress(
@@ -126,7 +127,6 @@ def compress(
     splits: Splits,
     *,
     uq: str | Method = "mc-dropout",
-    calibration: str = "temperature",
     training: TrainingConfig | None = None,
     budget: Sequence[str | Budget] = (),
     arch: str | Architecture | None = None,
@@ -142,7 +142,6 @@ def compress(
         model: the trained classifier; it is not changed.
         splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`.
         uq: uncertainty method, a name or configured, such as `MCDropout(p=0.1, samples=20)`.
-        calibration: a calibrator's name.
         training: how to fine-tune. A criterion or schedule that trains takes its share of these epochs.
         budget: in place of a size: what the model may lose, such as `accuracy_drop<=0.01`; see `search_sparsity`.
         arch: what builds the dense model, so that a bundle can be rebuilt anywhere.
@@ -151,41 +150,42 @@ def compress(
         progress: called as the work goes on.
         work_dir: a folder where training keeps its state, to resume from after an interruption.
         options: what is removed, as `prune` takes it (`sparsity` or `target`, `criterion`, `scope`, `round_to`, `keep`,
-            `schedule`, `initial`), and fields of `TrainingConfig` by name.
+            `schedule`, `initial`), and fields of `TrainingConfig` and of `AnswerConfig` (`calibration`) by name.
 
     Raises:
         InputError: whatever is wrong with the inputs, before anything is trained where it can be told.
     """
-    _, tuning = _sort(options)
+    _, tuning, _ = _sort(options)
     config, augment = training_config(training, tuning)
     dense, _ = unpack(model)
     dense_mode = {name: module.training for name, module in dense.named_modules()}
     if plan is None:
         plan = plan_compression(
-            model, splits, uq=uq, calibration=calibration, training=training, budget=budget, progress=progress,
-            **options,
+            model, splits, uq=uq, training=training, budget=budget, progress=progress, **options
         )  # fmt: skip
-    method, origin = plan.method, plan.pruned.origin
+    method, answers, origin = plan.method, plan.answers, plan.pruned.origin
     architecture = _architecture(arch, splits, origin)
     if architecture is not None:
         _refuse_misfit(architecture, dense)
     warnings = list(plan.warnings)
 
-    def calibrated(uncertain: UncertainModel, name: str) -> UncertainModel:
-        try:
-            return calibrate(uncertain, splits, method=calibration, device=config.device, progress=progress)
-        except CalibrationError as error:
-            warnings.append(f"{name} is not calibrated: {error}")
-            return uncertain
+    def finished(tuned: FinetuneResult, name: str) -> UncertainModel:
+        done = finish(tuned, splits, answers, name=name, device=config.device, progress=progress)
+        warnings.extend(done.warnings)
+        return done.model
 
     try:
         # The dense model, as it was given and calibrated on the same images.
-        plain = UncertainModel(MSP().fit(dense, origin), MSP(), origin.of_data(splits))
+        plain = UncertainModel(MSP().fit(Trained((dense,), origin.of_data(splits))), MSP(), origin.of_data(splits))
         dense_evaluation = evaluate(plain, splits, device=config.device, progress=progress, stage="dense")
         warnings += _near_chance(dense_evaluation)
-        dense_calibrated = calibrated(plain, "dense_calibrated")
+        only_calibrated = AnswerConfig(calibration=answers.calibration)
+        dense_calibrated = finish_model(
+            plain, splits, only_calibrated, name="dense_calibrated", device=config.device, progress=progress
+        )
+        warnings += dense_calibrated.warnings
         dense_calibrated_evaluation = evaluate(
-            dense_calibrated, splits, device=config.device, progress=progress, stage="dense calibrated"
+            dense_calibrated.model, splits, device=config.device, progress=progress, stage="dense calibrated"
         )
 
         # The compressed model.
@@ -193,8 +193,8 @@ def compress(
             dense, splits, pruning=plan.pruning, method=method, training=config, augment=augment, pruned=plan.pruned,
             progress=progress, work_dir=work_dir,
         )  # fmt: skip
-        recipe = _recipe(plan, pruned, config, splits, calibration, architecture)
-        uncertain = calibrated(fit_uncertainty(tuned, splits), "compressed")
+        recipe = _recipe(plan, pruned, config, splits, architecture)
+        uncertain = finished(tuned, "compressed")
         evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
         evaluation = _with_cost(evaluation, training_seconds=_seconds(pruned.history + tuned.history))
 
@@ -217,7 +217,7 @@ def compress(
                 progress=progress, stage="control", augment=augment,
                 checkpoint=None if work_dir is None else work_dir / "control.pt",
             )  # fmt: skip
-            control_model = calibrated(fit_uncertainty(beside, splits), "control")
+            control_model = finished(beside, "control")
             control_evaluation = _with_cost(
                 evaluate(control_model, splits, device=config.device, progress=progress, stage="control"),
                 training_seconds=_seconds(beside.history),
@@ -247,12 +247,12 @@ class _Bare:
     origin: Origin
 
 
-def _sort(options: CompressOptions) -> tuple[PruningOptions, TrainingOptions]:
-    """What is for `prune`, and what is for training."""
-    known = PruningOptions.__annotations__
-    pruning = {name: value for name, value in options.items() if name in known}
-    tuning = {name: value for name, value in options.items() if name not in known}
-    return cast(PruningOptions, pruning), cast(TrainingOptions, tuning)
+def _sort(options: CompressOptions) -> tuple[PruningOptions, TrainingOptions, AnswerConfig]:
+    """What is for `prune`, what is for training, and what is for the last steps."""
+    pruning = {name: value for name, value in options.items() if name in PruningOptions.__annotations__}
+    answers = {name: value for name, value in options.items() if name in AnswerOptions.__annotations__}
+    tuning = {name: value for name, value in options.items() if name not in {**pruning, **answers}}
+    return cast(PruningOptions, pruning), cast(TrainingOptions, tuning), AnswerConfig(**cast(AnswerOptions, answers))
 
 
 def _outline(pruning: PruningOptions) -> PruningOptions:
@@ -269,7 +269,6 @@ def _recipe(
     pruned: PruneResult,
     config: TrainingConfig,
     splits: Splits,
-    calibration: str,
     architecture: Architecture | None,
 ) -> dict[str, Any]:
     """All that a run can be repeated from; plain values."""
@@ -296,7 +295,7 @@ def _recipe(
             "channels": {layer.name: [layer.before, layer.after] for layer in pruned.layers},
         },
         "uncertainty": {**plan.uncertainty, "options": vars(plan.method)},
-        "calibration": calibration,
+        **asdict(plan.answers),
         "training": {**asdict(config), "augment": resolved},
         "seed": config.seed,
     }

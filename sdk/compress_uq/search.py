@@ -20,7 +20,7 @@ from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.steps import calibrate, fit_uncertainty
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Method
+from compress_uq.uq import MSP, Method, Trained
 
 __all__ = ["Budget", "SearchResult", "Trial", "held_out_measures", "search_sparsity"]
 
@@ -181,7 +181,7 @@ def held_out_measures(
     Raises:
         DataError: there are no held-out images.
     """
-    plain = UncertainModel(MSP().fit(model, origin), MSP(), origin.of_data(splits))
+    plain = UncertainModel(MSP().fit(Trained((model,), origin.of_data(splits))), MSP(), origin.of_data(splits))
     return _measures(plain, splits, calibration, config, progress)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -23,7 +24,7 @@ from compress_uq.progress import ProgressCallback, silent
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.training import Epoch, fit_network, resolve_device
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import METHODS, Method
+from compress_uq.uq import METHODS, Method, Trained
 
 __all__ = [
     "FinetuneResult",
@@ -62,7 +63,7 @@ class FinetuneResult:
     model: nn.Module
     history: tuple[Epoch, ...]
     observed: Any
-    """What the method tracked during training; None for methods that track nothing."""
+    """Tensors that the method's observer held when training ended; None for methods that watch nothing."""
     method: Method | None
     origin: Origin
 
@@ -127,6 +128,9 @@ def finetune(
         augment = splits.info.augment
     if config.epochs == 0:
         return FinetuneResult(network.eval(), (), None, chosen, origin)
+    if config.lr_schedule == "auto" and chosen is not None:
+        config = replace(config, lr_schedule=chosen.lr_schedule)
+    observer = None if chosen is None else chosen.observer(network)
     history = fit_network(
         network,
         splits.require("train", "fine-tuning"),
@@ -136,8 +140,10 @@ def finetune(
         progress=progress,
         stage=stage,
         checkpoint=checkpoint,
+        observer=observer,
     )
-    return FinetuneResult(network, history, None, chosen, origin)
+    observed = None if observer is None else observer.state_dict()
+    return FinetuneResult(network, history, observed, chosen, origin)
 
 
 def prepare_uncertainty(model: ModelOrResult, method: str | Method, example_inputs: Tensor | None = None) -> nn.Module:
@@ -153,38 +159,54 @@ def prepare_uncertainty(model: ModelOrResult, method: str | Method, example_inpu
 
 
 def fit_uncertainty(
-    model: ModelOrResult,
+    model: ModelOrResult | Sequence[ModelOrResult],
     splits: Splits | None = None,
     *,
     method: str | Method | None = None,
     example_inputs: Tensor | None = None,
+    device: str = "cpu",
 ) -> UncertainModel:
     """The last step of a method: an uncertain model, not yet calibrated.
 
     Args:
-        model: what `finetune` returned, or a module; a plain module gets dropout inserted untrained, with a warning.
-        splits: what it knows of labels and normalisation is recorded.
+        model: what `finetune` returned, or a module, or several of either for an ensemble; a plain module gets dropout
+            inserted untrained, with a warning.
+        splits: what it knows of labels and normalisation is recorded; methods that look at images need `train`.
         method: by default the one that `finetune` was given.
         example_inputs: images (N, C, H, W), where a bare module does not tell their shape.
+        device: where a method that looks at images computes.
 
     Raises:
-        UncertaintyError: no method is known, or it cannot act on this model.
+        UncertaintyError: no method is known, it cannot act on this model, or it needed a stage that was missed.
     """
-    given, origin = unpack(model, example_inputs)
+    given = list(model) if isinstance(model, Sequence) else [model]
+    if not given:
+        raise UncertaintyError("no model was given: expected one, or a list of the members of an ensemble")
+    unpacked = [unpack(each, example_inputs) for each in given]
+    origin = unpacked[0][1]
     if splits is not None:
         origin = origin.of_data(splits)
-    known = model.method if isinstance(model, FinetuneResult) else None
+    last = given[0] if isinstance(given[0], FinetuneResult) else None
+    known = None if last is None else last.method
     if method is None and known is None:
         raise UncertaintyError(f"no uncertainty method is known: pass method=, one of {', '.join(METHODS.names)}")
     chosen = known if method is None else resolve_method(method)
     assert chosen is not None
-    if not chosen.is_prepared(given):
+    trained = Trained(
+        tuple(module for module, _ in unpacked),
+        origin,
+        None if last is None else last.observed,
+        None if splits is None else splits.train,
+        None if splits is None else splits.calibration,
+        device,
+    )
+    if not all(chosen.is_prepared(module) for module in trained.models):
         warnings.warn(
             f"{chosen.name} is inserted into a model that was not trained with it: pass method= to finetune for "
             "better accuracy and uncertainty",
             stacklevel=2,
         )
-    return UncertainModel(chosen.fit(given, origin), chosen, origin)
+    return UncertainModel(chosen.fit(trained), chosen, origin)
 
 
 def calibrate(
@@ -195,7 +217,7 @@ def calibrate(
     device: str = "cpu",
     progress: ProgressCallback = silent,
 ) -> UncertainModel:
-    """A copy of the model with a calibrator fitted on the calibration split.
+    """A copy of the model with a calibrator fitted on the calibration split, and without decision rules.
 
     Raises:
         DataError: no calibration split.
@@ -206,13 +228,14 @@ def calibrate(
             f"calibrate takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first"
         )
     kind = CALIBRATORS[method]
-    origin = model.origin
+    # Thresholds hold for the probabilities that they were fitted on, and for no others.
+    parts = {"acceptance": None, "sets": None}
     if method == "none":
-        return UncertainModel(copy.deepcopy(model.members), model.method, origin, kind())
+        return model.but(calibrator=kind(), **parts)
     dataset = splits.require("calibration", f"calibration {method!r}")
     logits, labels = logits_of_members(model, dataset, device=device, progress=progress, stage="calibrating")
     fitted = kind.fit(logits, labels)
-    return UncertainModel(copy.deepcopy(model.members), model.method, origin, fitted)
+    return model.but(calibrator=fitted, **parts)
 
 
 def logits_of_members(

@@ -7,11 +7,11 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,25 @@ from compress_uq.models import as_logits
 from compress_uq.progress import Progress, ProgressCallback, silent
 from compress_uq.storage import write_bytes
 
-__all__ = ["AfterBackward", "Epoch", "fit_network", "resolve_device"]
+__all__ = ["AfterBackward", "Epoch", "Observer", "fit_network", "resolve_device"]
 
 _BF16_WORTHWHILE_MACS = 1_000_000
 
 AfterBackward = Callable[[int, int], None]
 """Called between the backward pass and the optimiser's step with (steps done, steps in all); may change gradients."""
+
+
+class Observer(Protocol):
+    """Watches a training's weights; its state is saved with the training's, so that both go on together."""
+
+    def after_step(self, done: int, total: int, lr: float) -> None:
+        """Called after each of the optimiser's `total` steps, `done` of them made, gradients still in place."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it holds: what is saved with every epoch, and what the method makes its members of."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what was held."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ def fit_network(
     stage: str = "training",
     checkpoint: Path | None = None,
     after_backward: AfterBackward | None = None,
+    observer: Observer | None = None,
 ) -> tuple[Epoch, ...]:
     """Train `model` in place and leave it in eval mode; the last epoch is kept.
 
@@ -90,6 +104,7 @@ def fit_network(
         stage: what progress calls this training.
         checkpoint: file to resume from and to write after every epoch.
         after_backward: a hand on the gradients of each step.
+        observer: watches the weights.
 
     Raises:
         ModelError: no parameter is trainable, or the loss is not finite.
@@ -120,7 +135,8 @@ def fit_network(
     schedule = _SCHEDULES[config.lr_schedule](optimizer, config, steps * config.epochs)
     loss_of = _Loss(config, _class_weights(config, train, device), teacher)
     history: list[Epoch] = []
-    saved = _Resumable(checkpoint, _signature(config, model, teacher), model, optimizer, schedule, generator, history)
+    signature = _signature(config, model, teacher)
+    saved = _Resumable(checkpoint, signature, model, optimizer, schedule, generator, history, observer)
     saved.restore()
     with _flushed_denormals():
         while len(history) < config.epochs:
@@ -144,6 +160,9 @@ def fit_network(
                 if after_backward is not None:
                     after_backward(len(history) * steps + step, config.epochs * steps)
                 optimizer.step()
+                if observer is not None:
+                    done, rate = len(history) * steps + step + 1, float(optimizer.param_groups[0]["lr"])
+                    observer.after_step(done, config.epochs * steps, rate)
                 schedule.step()
                 total += loss.item() * len(labels)
                 right += int((logits.argmax(1) == labels).sum())
@@ -212,9 +231,11 @@ class _Resumable:
         schedule: Any,
         generator: torch.Generator,
         history: list[Epoch],
+        observer: Observer | None,
     ) -> None:
         self._path, self._model, self._optimizer, self._schedule = path, model, optimizer, schedule
         self._generator, self._history, self._signature = generator, history, signature
+        self._observer = observer
 
     def save(self) -> None:
         if self._path is None:
@@ -227,6 +248,7 @@ class _Resumable:
             "generator": self._generator.get_state(),
             "random": torch.get_rng_state(),
             "history": [asdict(epoch) for epoch in self._history],
+            "observed": None if self._observer is None else self._observer.state_dict(),
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -244,6 +266,8 @@ class _Resumable:
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         self._history += [Epoch(**epoch) for epoch in state["history"]]
+        if self._observer is not None:
+            self._observer.load_state_dict(state["observed"])
 
 
 def _signature(config: TrainingConfig, model: nn.Module, teacher: nn.Module | None) -> str:
@@ -300,6 +324,14 @@ def _cosine(optimizer: torch.optim.Optimizer, _config: TrainingConfig, steps: in
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
+def _hold(optimizer: torch.optim.Optimizer, _config: TrainingConfig, steps: int) -> Any:
+    """Down to half by a cosine over the first half, then held, so that weights go on moving to the end."""
+    half = max(1, steps // 2)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.75 + 0.25 * math.cos(math.pi * min(step / half, 1.0))
+    )
+
+
 def _constant(optimizer: torch.optim.Optimizer, _config: TrainingConfig, _steps: int) -> Any:
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
@@ -309,7 +341,9 @@ _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], TrainingConfig], torch.opti
     "adam": _adam,
 }
 _SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, TrainingConfig, int], Any]] = {
+    "auto": _one_cycle,
     "one-cycle": _one_cycle,
     "cosine": _cosine,
     "constant": _constant,
+    "hold": _hold,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["OUTPUT_NAMES", "Prediction"]
+__all__ = ["DECISION_NAMES", "OUTPUT_NAMES", "Prediction"]
 
 
 class Prediction(NamedTuple):
@@ -36,3 +36,7 @@ class Prediction(NamedTuple):
 
 
 OUTPUT_NAMES: tuple[str, ...] = Prediction._fields[:8]
+"""What every exported file gives."""
+
+DECISION_NAMES: tuple[str, ...] = Prediction._fields[8:]
+"""What it gives besides, each where its rule was fitted."""

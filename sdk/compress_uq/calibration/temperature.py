@@ -25,11 +25,8 @@ class Temperature(Calibrator):
     """
 
     name = "temperature"
+    needs = ("log_temperature",)
     log_temperature: Tensor
-
-    def __init__(self, log_temperature: float = math.nan) -> None:
-        super().__init__()
-        self.register_buffer("log_temperature", torch.tensor(log_temperature, dtype=torch.float32))
 
     @property
     def temperature(self) -> float:
@@ -58,8 +55,9 @@ class Temperature(Calibrator):
                 f"no temperature fits: {right} of {len(labels)} calibration images are classified right, and the "
                 "likelihood has no optimum; give more calibration images, or calibration 'none'"
             )
-        return cls(float(found.x))
+        return cls(log_temperature=torch.tensor(found.x, dtype=torch.float32))
 
     def logits(self, members: Tensor) -> Tensor:
         """Members' logits (T, N, K) divided by t."""
+        self.require_fitted()
         return members * torch.exp(-self.log_temperature)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from compress_uq._version import __version__
 from compress_uq.cost import count_macs
 from compress_uq.errors import ArtifactError, GateError
+from compress_uq.fitted import Fitted
 from compress_uq.runtime import METADATA_PREFIX
-from compress_uq.types import OUTPUT_NAMES
+from compress_uq.types import DECISION_NAMES, OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel
 
 __all__ = ["OPSET", "describe", "example_inputs", "to_graph"]
@@ -76,7 +77,7 @@ def to_graph(model: UncertainModel, described: Mapping[str, Any]) -> onnx.ModelP
                 external_data=False,
                 dynamic_shapes=shapes,
                 input_names=["images", "seed"][: len(inputs)],
-                output_names=list(OUTPUT_NAMES),
+                output_names=output_names(model),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -89,6 +90,12 @@ def to_graph(model: UncertainModel, described: Mapping[str, Any]) -> onnx.ModelP
         entry = proto.metadata_props.add()
         entry.key, entry.value = METADATA_PREFIX + key, json.dumps(value)
     return proto
+
+
+def output_names(model: UncertainModel) -> list[str]:
+    """The names of a model's outputs, in order."""
+    rules = zip(DECISION_NAMES, (model.acceptance, model.sets), strict=True)
+    return [*OUTPUT_NAMES, *(name for name, rule in rules if rule is not None)]
 
 
 def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
@@ -104,16 +111,26 @@ def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
         "samples": model.members.count,
         "sampling": model.members.sampling,
         "calibration": model.calibrator.name,
-        "calibration_state": {k: np.asarray(v.cpu()).tolist() for k, v in model.calibrator.state_dict().items()},
+        "calibration_state": _state(model.calibrator),
+        "score": model.score.name,
+        "ood_score": model.ood_score.name,
         "data": origin.data,
         "reserved_data": origin.reserved,
-        "thresholds": {},
-        "outputs": list(OUTPUT_NAMES),
+        "thresholds": {
+            name: {**rule.options, **_state(rule)}
+            for name, rule in zip(DECISION_NAMES, (model.acceptance, model.sets), strict=True)
+            if rule is not None
+        },
+        "outputs": output_names(model),
         "macs": _macs(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe_sha256": recipe_hash,
         "versions": {"compress-uq": __version__, **{n: metadata.version(n) for n in ("torch", "onnx", "onnxscript")}},
     }
+
+
+def _state(module: Fitted) -> dict[str, Any]:
+    return {k: np.asarray(v.cpu()).tolist() for k, v in module.state_dict().items()}
 
 
 def _macs(model: UncertainModel) -> int:

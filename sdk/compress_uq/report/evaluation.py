@@ -24,7 +24,7 @@ from compress_uq.stages import ModelOrResult, unpack
 from compress_uq.training import resolve_device
 from compress_uq.types import Prediction
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP
+from compress_uq.uq import MSP, Trained
 
 __all__ = ["Cost", "Evaluation", "evaluate", "onnx_milliseconds"]
 
@@ -165,7 +165,7 @@ def _as_uncertain(model: ModelOrResult, splits: Splits) -> UncertainModel:
     if isinstance(given, UncertainModel):
         return given
     method = MSP()
-    return UncertainModel(method.fit(given, origin), method, origin.of_data(splits))
+    return UncertainModel(method.fit(Trained((given,), origin.of_data(splits))), method, origin.of_data(splits))
 
 
 def _torch_cost(model: UncertainModel) -> Cost:

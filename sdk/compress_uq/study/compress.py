@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from compress_uq.errors import CalibrationError
+from compress_uq.config import AnswerConfig
+from compress_uq.finishing import finish, finish_model
 from compress_uq.held_out import held_out_figures
 from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
 from compress_uq.metrics import METRICS
@@ -18,8 +19,8 @@ from compress_uq.pruning import PruneResult, PruningOptions
 from compress_uq.report import Evaluation, evaluate
 from compress_uq.search import search_sparsity
 from compress_uq.shrinking import prune_and_finetune
-from compress_uq.stages import Origin
-from compress_uq.steps import FinetuneResult, calibrate, finetune, fit_uncertainty
+from compress_uq.stages import ModelOrResult, Origin
+from compress_uq.steps import FinetuneResult, finetune
 from compress_uq.study.kind import Context, Kind, Outcome
 from compress_uq.study.settings import (
     HINTS,
@@ -32,7 +33,7 @@ from compress_uq.study.settings import (
     read_settings,
 )
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Method
+from compress_uq.uq import MSP, Method, Trained
 
 __all__ = ["CompressKind"]
 
@@ -71,7 +72,7 @@ class CompressKind(Kind[CompressSettings]):
         dense = context.shared.record("dense", of_dense(settings), lambda: _dense_figures(settings, opened, context))
         run = _Run(settings, opened, context)
         pruned, tuned = run.shrunk()
-        uncertain = run.calibrated(fit_uncertainty(tuned, opened.splits))
+        uncertain = run.finished(tuned, "the model")
         evaluation, held_out, source = run.measured(uncertain, "measuring")
         measures = {
             **dense["measures"],
@@ -123,7 +124,7 @@ class _Run:
         if settings.budget:
             search = search_sparsity(
                 self._model, splits, settings.budget, pruning=pruning, method=settings.method,
-                calibration=settings.calibration, training=settings.training, progress=progress,
+                calibration=settings.answers.calibration, training=settings.training, progress=progress,
             )  # fmt: skip
             pruning["sparsity"] = search.sparsity
             self.notes.append(f"sparsity {search.sparsity:g} is the largest tried within the budget")
@@ -132,17 +133,14 @@ class _Run:
             progress=progress, work_dir=self.context.work,
         )  # fmt: skip
 
-    def calibrated(self, uncertain: UncertainModel) -> UncertainModel:
-        """Calibrated, or as it was where nothing fits, with a remark."""
-        settings, splits = self.settings, self.opened.splits
-        try:
-            return calibrate(
-                uncertain, splits, method=settings.calibration, device=settings.training.device,
-                progress=self.context.progress,
-            )  # fmt: skip
-        except CalibrationError as error:
-            self.notes.append(f"not calibrated: {error}")
-            return uncertain
+    def finished(self, tuned: ModelOrResult, name: str) -> UncertainModel:
+        """The uncertain model, with remarks on what could not be fitted."""
+        done = finish(
+            tuned, self.opened.splits, self.settings.answers, name=name, device=self.settings.training.device,
+            progress=self.context.progress,
+        )  # fmt: skip
+        self.notes.extend(done.warnings)
+        return done.model
 
     def measured(self, uncertain: UncertainModel, stage: str) -> tuple[Evaluation, dict[str, float | None], str]:
         """Figures on test, and on held-out images with a word on which those are."""
@@ -163,15 +161,19 @@ def _dense_figures(settings: CompressSettings, opened: ModelAndData, context: Co
     """The dense model as it was given, and the same calibrated on the same images."""
     run = _Run(settings, opened, context)
     method, splits = MSP(), opened.splits
-    plain = UncertainModel(method.fit(opened.checkpoint.model, Origin()), method, Origin().of_data(splits))
+    plain = UncertainModel(
+        method.fit(Trained((opened.checkpoint.model,), Origin().of_data(splits))), method, Origin().of_data(splits)
+    )
     evaluation, held_out, _ = run.measured(plain, "dense")
-    calibrated = evaluate(run.calibrated(plain), splits, device=settings.training.device, stage="dense, calibrated")
+    only_calibrated = AnswerConfig(calibration=settings.answers.calibration)
+    done = finish_model(plain, splits, only_calibrated, name="the dense model", device=settings.training.device)
+    calibrated = evaluate(done.model, splits, device=settings.training.device, stage="dense, calibrated")
     measures = {
         **_quality(evaluation, "dense_"),
         **_quality(calibrated, "dense_calibrated_"),
         **{f"dense_{name}": getattr(evaluation.cost, name) for name in ("parameters", "macs", "size_bytes")},
     }
-    notes = [*splits.info.notes, *(f"dense model {note}" for note in run.notes)]
+    notes = [*splits.info.notes, *done.warnings]
     return {"measures": measures, "held_out_accuracy": held_out.get("accuracy"), "notes": notes}
 
 
@@ -188,7 +190,7 @@ def _control(
             progress=context.progress, stage="control", checkpoint=context.work / "control.pt",
         )  # fmt: skip
         return _quality(evaluate(
-            run.calibrated(fit_uncertainty(beside, opened.splits)), opened.splits,
+            run.finished(beside, "the control"), opened.splits,
             device=settings.training.device, progress=context.progress, stage="control",
         ), "control_")  # fmt: skip
 

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from compress_uq.calibration import CALIBRATORS
-from compress_uq.config import TrainingConfig
+from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.errors import InputError, ModelError, UnknownNameError
+from compress_uq.finishing import check_answers
 from compress_uq.inputs import configure_method
 from compress_uq.pruning import PruningOptions, check_pruning, configured_criterion, configured_schedule, prune
 from compress_uq.search import Budget
@@ -66,7 +66,7 @@ class CompressSettings:
     budget: tuple[Budget, ...]
     """What pruning may cost in quality, where that decides the size."""
     method: Method
-    calibration: str
+    answers: AnswerConfig
     training: TrainingConfig
     control: bool
 
@@ -87,11 +87,12 @@ _METHOD = _method_options()
 _INPUTS = get_type_hints(Inputs)
 _TRAINING = {name: hint for name, hint in get_type_hints(TrainingConfig).items() if name not in _PRUNING}
 _TABLE = Mapping[str, Any]
+_ANSWERS = get_type_hints(AnswerConfig)
 _OWN = {
-    "uq": str, "calibration": str, "control": bool, "dense": _TABLE, "initial": str,
+    "uq": str, "control": bool, "dense": _TABLE, "initial": str,
     "criterion_option": _TABLE, "schedule_option": _TABLE, "budget": str | tuple[str, ...],
 }  # fmt: skip
-HINTS = {**_INPUTS, **_METHOD, **_TRAINING, **_PRUNING, **_OWN}
+HINTS = {**_INPUTS, **_METHOD, **_TRAINING, **_PRUNING, **_ANSWERS, **_OWN}
 
 
 _NO_BEARING = ("device", "workers")
@@ -113,8 +114,8 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
     )
     if not given.get("budget"):
         check_pruning(cast(PruningOptions, pruning))
-    calibration = given.get("calibration", "temperature")
-    CALIBRATORS[calibration]
+    answers = AnswerConfig(**_part(given, _ANSWERS))
+    check_answers(answers, None)
     method, _ = configure_method(given.get("uq", "mc-dropout"), {**_part(given, _METHOD), "seed": training.seed})
     if inputs.model is not None and "dense" in given:
         raise InputError(f"dense says how a model is trained, and model = {inputs.model!r} is: leave out one of them")
@@ -127,7 +128,7 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
         initial=given.get("initial"),
         budget=_budget(given.get("budget", ())),
         method=method,
-        calibration=calibration,
+        answers=answers,
         training=training,
         control=given.get("control", False),
     )
@@ -147,13 +148,14 @@ def identity(settings: CompressSettings) -> Mapping[str, Any]:
         "uq": configuration(settings.method),
         "training": changed(settings.training),
         "control": settings.control,
+        **{k: v for k, v in changed(settings.answers).items() if k != "calibration"},
     }
 
 
 def of_dense(settings: CompressSettings) -> dict[str, Any]:
     """What tells one dense model with its data and calibration from another."""
     kept = {k: v for k, v in changed(settings.inputs).items() if k not in ("model", "data_root", "unsafe_load")}
-    return {"model": settings.model, "inputs": kept, "calibration": settings.calibration}
+    return {"model": settings.model, "inputs": kept, "calibration": settings.answers.calibration}
 
 
 def _dense_model(inputs: Inputs, dense: TrainingConfig) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Uncertainty methods: each a configuration that turns a network into members."""
 
 from compress_uq.registry import Entry, Registry
-from compress_uq.uq.base import Method
+from compress_uq.uq.base import Method, Trained
 from compress_uq.uq.dropout import DropoutNetwork, SampledDropout
 from compress_uq.uq.mc_dropout import DropoutPlan, MCDropout
-from compress_uq.uq.members import Members, SingleMember
+from compress_uq.uq.members import Members, Networks, SingleMember
 from compress_uq.uq.msp import MSP
 from compress_uq.uq.sites import Site, find_sites
 
@@ -16,9 +16,11 @@ __all__ = [
     "MCDropout",
     "Members",
     "Method",
+    "Networks",
     "SampledDropout",
     "SingleMember",
     "Site",
+    "Trained",
     "find_sites",
 ]
 

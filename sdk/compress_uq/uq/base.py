@@ -3,23 +3,74 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from compress_uq.data import ImageDataset
+from compress_uq.errors import UncertaintyError
 from compress_uq.stages import Origin
+from compress_uq.training import Observer
 from compress_uq.uq.members import Members
+from compress_uq.uq.sites import find_head
 
-__all__ = ["Method"]
+__all__ = ["Method", "Trained"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left behind, and the images that a method may look at when it makes its members."""
+
+    models: tuple[nn.Module, ...]
+    """One, or each member of an ensemble."""
+    origin: Origin
+    observed: Mapping[str, Tensor] | None = None
+    """What the method's observer held when the training ended."""
+    train: ImageDataset | None = None
+    calibration: ImageDataset | None = None
+    device: str = "cpu"
+
+    def one(self, method: str) -> nn.Module:
+        """The only model.
+
+        Raises:
+            UncertaintyError: several were given.
+        """
+        if len(self.models) != 1:
+            raise UncertaintyError(f"{method} takes one model, {len(self.models)} were given: 'ensemble' takes several")
+        return self.models[0]
+
+    def head(self) -> str | None:
+        """The classifier's module, or None where it cannot be told."""
+        if self.origin.input_shape is None:
+            return None
+        return find_head(self.models[0], self.origin.example(self.models[0], "finding the classifier"))
+
+    def images(self, stage: str) -> ImageDataset:
+        """The training images.
+
+        Raises:
+            UncertaintyError: they were not given.
+        """
+        if self.train is None:
+            raise UncertaintyError(f"{stage} looks at training images: pass splits with a train split")
+        return self.train
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """The configuration of a method; it acts before fine-tuning (`prepare`) and after it (`fit`)."""
+    """A method's configuration; it acts before fine-tuning (`prepare`), during it (`observer`), after it (`fit`)."""
 
     name: ClassVar[str]
+    lr_schedule: ClassVar[str] = "one-cycle"
+    """How the learning rate runs where the caller leaves it to the method."""
+
+    @property
+    def networks(self) -> int:
+        """How many networks are trained, each on its own."""
+        return 1
 
     @abstractmethod
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
@@ -33,12 +84,20 @@ class Method(ABC):
         """The same method with every choice made as `prepare` made it for this model."""
         return self
 
-    @abstractmethod
-    def fit(self, model: nn.Module, origin: Origin) -> Members:
-        """The members, from a model that `prepare` made, or from a plain one where the method allows it."""
+    def observer(self, network: nn.Module) -> Observer | None:
+        """What watches the weights of a prepared network while it trains; None for methods that watch nothing."""
+        return None
 
     @abstractmethod
-    def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
+    def fit(self, trained: Trained) -> Members:
+        """The members, from models that `prepare` made, or from plain ones where the method allows it.
+
+        Raises:
+            UncertaintyError: a stage was missed that the method cannot do without (names it).
+        """
+
+    @abstractmethod
+    def restore(self, networks: Sequence[nn.Module], structure: Mapping[str, Any]) -> Members:
         """Members of the right shapes, their tensors still to be loaded, from what `Members.structure` told."""
 
     @abstractmethod

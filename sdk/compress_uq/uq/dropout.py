@@ -18,23 +18,18 @@ from torch import Tensor, nn
 from compress_uq.cost import count_macs
 from compress_uq.errors import UncertaintyError
 from compress_uq.models import as_logits
+from compress_uq.uq.features import tap_head
+from compress_uq.uq.hooks import Hook, bare_copy
 from compress_uq.uq.masks import hashed_masks, random_masks, stratified_masks
 from compress_uq.uq.members import Members
 from compress_uq.uq.sites import Site
 
-__all__ = ["DropoutNetwork", "SampledDropout", "sampled_macs", "without_dropout_hooks"]
+__all__ = ["DropoutNetwork", "SampledDropout", "sampled_macs"]
 
 _SEED: ContextVar[Tensor | None] = ContextVar("seed", default=None)
 
 
-class _Hook:
-    """Marks the hooks of this module, so that a copy of a network can be freed of them."""
-
-    def __call__(self, *arguments: Any) -> Any:
-        raise NotImplementedError
-
-
-class _TrainingHook(_Hook):
+class _TrainingHook(Hook):
     def __init__(self, dropout: _ChannelDropout) -> None:
         self._dropout = dropout
 
@@ -76,17 +71,7 @@ class DropoutNetwork(nn.Module):
         return as_logits(self.network(images))
 
 
-def without_dropout_hooks(network: nn.Module) -> nn.Module:
-    """A copy of a network without the hooks that this module put there."""
-    bare = copy.deepcopy(network)
-    for module in bare.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(hook, _Hook)]:
-                del hooks[key]
-    return bare
-
-
-class _Repeat(_Hook):
+class _Repeat(Hook):
     """Before a module: every image T times, member by member."""
 
     def __init__(self, members: int) -> None:
@@ -100,7 +85,7 @@ def _repeat(images: Tensor, members: int) -> Tensor:
     return images.unsqueeze(0).expand(members, *images.shape).flatten(0, 1)
 
 
-class _MaskHook(_Hook):
+class _MaskHook(Hook):
     def __init__(self, masked: _Masked) -> None:
         self._masked = masked
 
@@ -147,6 +132,7 @@ class SampledDropout(Members):
         seed: draws the fixed masks.
         fold: the module whose input is repeated T times; "" is the whole network, None repeats at the first site.
         masks: per site (T, *shape), instead of drawing them.
+        head: the classifier, where its inputs may be asked for.
     """
 
     def __init__(
@@ -158,10 +144,11 @@ class SampledDropout(Members):
         seed: int = 0,
         fold: str | None = None,
         masks: Sequence[Tensor] | None = None,
+        head: str | None = None,
     ) -> None:
         super().__init__()
-        self.count, self.sites, self.fold = members, tuple(sites), fold
-        self.network = without_dropout_hooks(network).eval().requires_grad_(False)
+        self.count, self.sites, self.fold, self.head = members, tuple(sites), fold, head
+        self.network = bare_copy(network).eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
         if masks is None:
             masks = [stratified_masks(members, site.shape, site.p, generator) for site in sites]
@@ -175,6 +162,13 @@ class SampledDropout(Members):
             self.network.get_submodule(site.module).register_forward_hook(_MaskHook(masked))  # type: ignore[arg-type]
         if fold:
             self.network.get_submodule(fold).register_forward_pre_hook(_Repeat(members))
+        if head is not None:
+            tap_head(self.network, head)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The one that all members share."""
+        return (self.network,)
 
     def forward(self, images: Tensor, seed: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) to logits (T, N, K) float32."""
@@ -187,9 +181,16 @@ class SampledDropout(Members):
         members: Tensor = logits.unflatten(0, (self.count, -1))
         return members
 
+    def _of_images(self, vectors: Tensor, logits: Tensor) -> Tensor:
+        """The members' mean; before the first site there is nothing to average."""
+        if self.fold is None and self.sites[0].module == self.head:
+            return vectors
+        members: Tensor = vectors.unflatten(0, (self.count, -1))
+        return members.mean(0)
+
     def structure(self) -> dict[str, Any]:
-        """Members, sites and fold."""
-        return {"members": self.count, "fold": self.fold, "sites": [asdict(site) for site in self.sites]}
+        """Members, head, sites and fold."""
+        return {**super().structure(), "fold": self.fold, "sites": [asdict(site) for site in self.sites]}
 
     def with_sampling(self, sampling: str) -> SampledDropout:
         """A copy whose masks are `fixed`, `seeded` (from a seed per image) or `random` (fresh at each call).

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from compress_uq.cost import measure_cost
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
-from compress_uq.uq.base import Method
-from compress_uq.uq.dropout import DropoutNetwork, SampledDropout, find_fold, sampled_macs, without_dropout_hooks
+from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.dropout import DropoutNetwork, SampledDropout, find_fold, sampled_macs
+from compress_uq.uq.hooks import bare_copy
 from compress_uq.uq.members import Members
-from compress_uq.uq.sites import Site, find_sites, functional_dropout, named_sites
+from compress_uq.uq.sites import Site, find_head, find_sites, functional_dropout, named_sites
 
 __all__ = ["DropoutPlan", "MCDropout"]
 
@@ -88,8 +89,9 @@ class MCDropout(Method):
         assert isinstance(model, DropoutNetwork)
         return replace(self, at=tuple(site.module for site in model.sites))
 
-    def fit(self, model: nn.Module, origin: Origin) -> Members:
+    def fit(self, trained: Trained) -> Members:
         """T members of a network that `prepare` made, or of a plain one."""
+        model, origin = trained.one(self.name), trained.origin
         example = origin.example(model, "mc-dropout")
         if isinstance(model, DropoutNetwork):
             network, sites = model.network, model.sites
@@ -97,13 +99,17 @@ class MCDropout(Method):
         else:
             plan = self.plan(model, origin)
             network, sites, fold = model, plan.sites, plan.fold
-        return SampledDropout(network, sites, self.samples, seed=self.seed, fold=fold)
+        return SampledDropout(
+            network, sites, self.samples, seed=self.seed, fold=fold, head=find_head(bare_copy(network), example)
+        )
 
-    def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
+    def restore(self, networks: Sequence[nn.Module], structure: Mapping[str, Any]) -> Members:
         """Members with masks of the right shapes."""
         sites = tuple(Site(site["module"], site["p"], tuple(site["shape"]), site["own"]) for site in structure["sites"])
         masks = [torch.zeros(structure["members"], *site.shape) for site in sites]
-        return SampledDropout(network, sites, structure["members"], fold=structure["fold"], masks=masks)
+        return SampledDropout(
+            networks[0], sites, structure["members"], fold=structure["fold"], masks=masks, head=structure.get("head")
+        )
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Sites, rates and cost."""
@@ -127,7 +133,7 @@ class MCDropout(Method):
         """
         example = origin.example(model, "mc-dropout")
         dense = origin.dense_cost.macs if origin.dense_cost else measure_cost(model, example.shape[1:]).macs
-        bare = without_dropout_hooks(model.network if isinstance(model, DropoutNetwork) else model).eval()
+        bare = bare_copy(model.network if isinstance(model, DropoutNetwork) else model).eval()
         if self.at != "auto":
             names = self.at.split(",") if isinstance(self.at, str) else self.at
             return self._cost(bare, named_sites(bare, names, example, self.p), example, dense)

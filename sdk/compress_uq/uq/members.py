@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress_uq.errors import UncertaintyError
 from compress_uq.models import as_logits
+from compress_uq.uq.features import head_inputs, tap_head
+from compress_uq.uq.hooks import bare_copy
 
-__all__ = ["Members", "SingleMember"]
+__all__ = ["Members", "Networks", "SingleMember"]
 
 
 class Members(nn.Module, ABC):
@@ -18,18 +22,41 @@ class Members(nn.Module, ABC):
 
     count: int
     """T, the number of members."""
-    network: nn.Module
-    """The network that all members share."""
     sampling: str = "fixed"
     """`fixed`, `seeded` or `random`."""
+    head: str | None = None
+    """The classifier's module, the same in every network; what enters it are the features."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The networks that the members share, G of them."""
 
     @abstractmethod
     def forward(self, images: Tensor, seed: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) to logits (T, N, K) float32; `seed` (N,) int64 where the sampling is seeded."""
 
+    def with_features(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (T, N, K) and, of each network, what enters its classifier (G, N, D), float32, in one pass.
+
+        Members that share a network and differ before its classifier give the mean of their features.
+
+        Raises:
+            UncertaintyError: the classifier is not known.
+        """
+        if self.head is None:
+            raise UncertaintyError("the model's classifier was not found: scores of features cannot be used")
+        with head_inputs() as kept:
+            logits = self(images, seed)
+        return logits, torch.stack([self._of_images(vectors, logits) for vectors in kept])
+
+    def _of_images(self, vectors: Tensor, logits: Tensor) -> Tensor:
+        """(N, D) from what entered one network's classifier."""
+        return vectors
+
     def structure(self) -> dict[str, Any]:
-        """What `Method.restore` needs besides the network and the tensors; plain values."""
-        return {"members": self.count}
+        """What `Method.restore` needs besides the networks and the tensors; plain values."""
+        return {"members": self.count, "head": self.head}
 
     def with_sampling(self, sampling: str) -> Members:
         """A copy that samples in another mode.
@@ -47,10 +74,38 @@ class SingleMember(Members):
 
     count = 1
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, head: str | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.head = bare_copy(network).eval().requires_grad_(False), head
+        if head is not None:
+            tap_head(self.network, head)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The one."""
+        return (self.network,)
 
     def forward(self, images: Tensor, seed: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) to logits (1, N, K) float32."""
         return as_logits(self.network(images)).float().unsqueeze(0)
+
+
+class Networks(Members):
+    """Several networks, each a member."""
+
+    def __init__(self, networks: Sequence[nn.Module], head: str | None = None) -> None:
+        super().__init__()
+        self.count, self.head = len(networks), head
+        self.several = nn.ModuleList(bare_copy(network).eval().requires_grad_(False) for network in networks)
+        if head is not None:
+            for network in self.several:
+                tap_head(network, head)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All of them."""
+        return tuple(self.several)
+
+    def forward(self, images: Tensor, seed: Tensor | None = None) -> Tensor:
+        """Images (N, C, H, W) to logits (T, N, K) float32."""
+        return torch.stack([as_logits(network(images)).float() for network in self.several])

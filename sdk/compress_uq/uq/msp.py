@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from compress_uq.stages import Origin
-from compress_uq.uq.base import Method
-from compress_uq.uq.dropout import without_dropout_hooks
+from compress_uq.uq.base import Method, Trained
 from compress_uq.uq.members import Members, SingleMember
 
 __all__ = ["MSP"]
@@ -27,13 +26,13 @@ class MSP(Method):
         """A plain copy."""
         return copy.deepcopy(model)
 
-    def fit(self, model: nn.Module, origin: Origin) -> Members:
+    def fit(self, trained: Trained) -> Members:
         """The network as the only member."""
-        return SingleMember(without_dropout_hooks(model).eval().requires_grad_(False))
+        return SingleMember(trained.one(self.name), trained.head())
 
-    def restore(self, network: nn.Module, structure: Mapping[str, Any]) -> Members:
+    def restore(self, networks: Sequence[nn.Module], structure: Mapping[str, Any]) -> Members:
         """The network as the only member."""
-        return self.fit(network, Origin())
+        return SingleMember(networks[0], structure.get("head"))
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """One pass."""

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from compress_uq.cost import evaluation_mode
 from compress_uq.errors import UncertaintyError
 
-__all__ = ["Site", "find_sites", "functional_dropout", "named_sites"]
+__all__ = ["Site", "find_head", "find_sites", "functional_dropout", "named_sites"]
 
 _SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _ELEMENTWISE = (nn.Dropout,)
@@ -93,6 +93,19 @@ def find_sites(model: nn.Module, example: Tensor, p: float | None) -> tuple[Site
             f"of {', '.join(list(trace.order)[:6])} …"
         )
     return tuple(sorted(sites, key=lambda site: trace.order[site.module]))
+
+
+def find_head(model: nn.Module, example: Tensor) -> str | None:
+    """The classifier: the last layer with a weight matrix that runs once; None where there is none.
+
+    Args:
+        model: a network without sampled members.
+        example: images (N, C, H, W).
+    """
+    try:
+        return _head(model, _trace(model, example))
+    except UncertaintyError:
+        return None
 
 
 def named_sites(model: nn.Module, patterns: Sequence[str], example: Tensor, p: float | None) -> tuple[Site, ...]:
