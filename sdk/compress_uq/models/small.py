@@ -11,13 +11,22 @@ __all__ = ["cnn", "mlp"]
 
 
 def mlp(
-    num_classes: int, input_shape: tuple[int, int, int] = (1, 28, 28), widths: Sequence[int] = (128, 64)
+    num_classes: int,
+    input_shape: tuple[int, int, int] = (1, 28, 28),
+    widths: Sequence[int] = (128, 64),
+    batch_norm: bool = False,
+    dropout: float = 0.0,
 ) -> nn.Module:
-    """Fully connected layers of the given widths, each followed by a ReLU."""
+    """Fully connected layers of the given widths, each followed by batch norm if asked, a ReLU, and dropout if any."""
     layers: list[nn.Module] = [nn.Flatten()]
     features = math.prod(input_shape)
     for width in widths:
-        layers += [nn.Linear(features, width), nn.ReLU()]
+        layers += [
+            nn.Linear(features, width),
+            *([nn.BatchNorm1d(width)] if batch_norm else []),
+            nn.ReLU(),
+            *([nn.Dropout(dropout)] if dropout > 0 else []),
+        ]
         features = width
     return nn.Sequential(*layers, nn.Linear(features, num_classes))
 

@@ -22,6 +22,7 @@ from compress_uq.uq import METHODS, Method
 
 __all__ = [
     "HINTS",
+    "METHOD_HINTS",
     "WITHOUT_BEARING",
     "CompressSettings",
     "Inputs",
@@ -83,7 +84,7 @@ def _method_options() -> dict[str, Any]:
 
 # Where a name is a training's and pruning's, it is pruning's, as on the command line.
 _PRUNING = plain_hints(get_type_hints(PruningOptions))
-_METHOD = _method_options()
+METHOD_HINTS = _method_options()
 _INPUTS = get_type_hints(Inputs)
 _TRAINING = {name: hint for name, hint in get_type_hints(TrainingConfig).items() if name not in _PRUNING}
 _TABLE = Mapping[str, Any]
@@ -92,7 +93,7 @@ _OWN = {
     "uq": str, "control": bool, "dense": _TABLE, "initial": str,
     "criterion_option": _TABLE, "schedule_option": _TABLE, "budget": str | tuple[str, ...],
 }  # fmt: skip
-HINTS = {**_INPUTS, **_METHOD, **_TRAINING, **_PRUNING, **_ANSWERS, **_OWN}
+HINTS = {**_INPUTS, **METHOD_HINTS, **_TRAINING, **_PRUNING, **_ANSWERS, **_OWN}
 
 
 _NO_BEARING = ("device", "workers")
@@ -116,7 +117,7 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
         check_pruning(cast(PruningOptions, pruning))
     answers = AnswerConfig(**_part(given, _ANSWERS))
     check_answers(answers, None)
-    method, _ = configure_method(given.get("uq", "mc-dropout"), {**_part(given, _METHOD), "seed": training.seed})
+    method, _ = configure_method(given.get("uq", "mc-dropout"), {**_part(given, METHOD_HINTS), "seed": training.seed})
     if inputs.model is not None and "dense" in given:
         raise InputError(f"dense says how a model is trained, and model = {inputs.model!r} is: leave out one of them")
     dense = _dense_training(given.get("dense", {}), training)
