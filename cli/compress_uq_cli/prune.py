@@ -50,7 +50,7 @@ def prune(
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout rate, above 0 and below 1.")] = None,
     dropout_at: Annotated[str | None, typer.Option(help="auto, or modules to drop after: names or patterns.")] = None,
-    calibration: Annotated[str, typer.Option(help="Calibrator; see `methods`.")] = "temperature",
+    calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,

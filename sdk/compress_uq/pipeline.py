@@ -17,8 +17,9 @@ from torch import nn
 
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
+from compress_uq.calibration import AUTO, Identity
 from compress_uq.config import AnswerConfig, TrainingConfig
-from compress_uq.data import Splits, identical_images
+from compress_uq.data import ImageDataset, Splits, identical_images
 from compress_uq.errors import DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
 from compress_uq.finishing import AnswerOptions, check_answers, finish, finish_model
@@ -42,7 +43,7 @@ from compress_uq.training import Epoch
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import MSP, Method, Trained
 
-__all__ = ["CompressionPlan", "compress", "plan_compression"]
+__all__ = ["CompressionPlan", "compress", "plan_compression", "suspicions"]
 
 
 class CompressOptions(PruningOptions, TrainingOptions, AnswerOptions, total=False):
@@ -175,10 +176,26 @@ def compress(
         return done.model
 
     try:
-        # The dense model, as it was given and calibrated on the same images.
+        # The dense model as it was given.
         plain = UncertainModel(MSP().fit(Trained((dense,), origin.of_data(splits))), MSP(), origin.of_data(splits))
         dense_evaluation = evaluate(plain, splits, device=config.device, progress=progress, stage="dense")
         warnings += _near_chance(dense_evaluation)
+
+        # The compressed model.
+        pruned, tuned = prune_and_finetune(
+            dense, splits, pruning=plan.pruning, method=method, training=config, augment=augment, pruned=plan.pruned,
+            progress=progress, work_dir=work_dir,
+        )  # fmt: skip
+        uncertain = finished(tuned, "compressed")
+        recipe = {
+            **_recipe(plan, pruned, config, splits, architecture), "calibration_choice": uncertain.calibrator.choice,
+        }  # fmt: skip
+        evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
+        evaluation = _with_cost(evaluation, training_seconds=_seconds(pruned.history + tuned.history))
+
+        # What it is compared with gets the same calibrator on the same images, also where that was chosen.
+        if answers.calibration == AUTO:
+            answers = replace(answers, calibration=uncertain.calibrator.name)
         only_calibrated = AnswerConfig(calibration=answers.calibration)
         dense_calibrated = finish_model(
             plain, splits, only_calibrated, name="dense_calibrated", device=config.device, progress=progress
@@ -187,16 +204,6 @@ def compress(
         dense_calibrated_evaluation = evaluate(
             dense_calibrated.model, splits, device=config.device, progress=progress, stage="dense calibrated"
         )
-
-        # The compressed model.
-        pruned, tuned = prune_and_finetune(
-            dense, splits, pruning=plan.pruning, method=method, training=config, augment=augment, pruned=plan.pruned,
-            progress=progress, work_dir=work_dir,
-        )  # fmt: skip
-        recipe = _recipe(plan, pruned, config, splits, architecture)
-        uncertain = finished(tuned, "compressed")
-        evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
-        evaluation = _with_cost(evaluation, training_seconds=_seconds(pruned.history + tuned.history))
 
         # Its exported file, measured again, and timed beside one dense pass.
         with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +233,7 @@ def compress(
         for name, module in dense.named_modules():
             module.training = dense_mode[name]
 
-    warnings += _suspicions(uncertain, splits, evaluation)
+    warnings += suspicions(uncertain, splits, evaluation)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),
@@ -364,13 +371,17 @@ def _near_chance(dense: Evaluation) -> list[str]:
     ]
 
 
-def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -> list[str]:
-    """Signs that a figure cannot be believed."""
+def suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -> list[str]:
+    """Signs that a figure cannot be believed, each in a sentence."""
     found = []
     if splits.calibration is not None:
-        (probabilities,), labels = collect(lambda images: model(images).probabilities, splits.calibration)
-        right, count = int((probabilities.argmax(1) == labels).sum()), len(labels)
+        # A calibrator that changes labels is right too often on the images that it was fitted on.
+        relabels = model.calibrator.every_class
+        plain = model.but(calibrator=Identity()) if relabels else model
+        right, count = _right(plain, splits.calibration)
         test_right = int((evaluation.prediction.label == evaluation.labels).sum())
+        if relabels:
+            test_right, _ = _right(plain, splits.require("test", "the report card"))
         z = _two_shares(right, count, test_right, len(evaluation.labels))
         if z > 2.33:
             found.append(
@@ -386,6 +397,12 @@ def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -
             f"AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}"
         )
     return found
+
+
+def _right(model: UncertainModel, dataset: ImageDataset) -> tuple[int, int]:
+    """Images classified right, and all of them."""
+    (label,), truth = collect(lambda images: model(images).label, dataset)
+    return int((label == truth).sum()), len(truth)
 
 
 def _two_shares(right: int, count: int, other_right: int, other_count: int) -> float:
