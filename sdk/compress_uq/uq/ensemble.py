@@ -133,11 +133,11 @@ def _refuse_strangers(models: Sequence[nn.Module], origin: Origin) -> None:
 
 def _refuse_twins(models: Sequence[nn.Module]) -> None:
     """An ensemble of equal networks says nothing that one of them does not."""
-    states = [model.state_dict() for model in models]
-    for (i, one), (j, other) in itertools.combinations(enumerate(states, 1), 2):
+    weights = [dict(model.named_parameters()) for model in models]
+    for (i, one), (j, other) in itertools.combinations(enumerate(weights, 1), 2):
         if one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one):
             raise UncertaintyError(
-                f"members {i} and {j} of the ensemble are the same network: train them apart (epochs above 0, other "
+                f"members {i} and {j} of the ensemble have the same weights: train them apart (epochs above 0, other "
                 "seeds), or prune them apart (perturbation above 0)"
             )
 
