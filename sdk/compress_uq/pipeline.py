@@ -111,8 +111,8 @@ def plan_compression(
     networks = prune_networks(models, splits, pruning=outline, method=method, training=config, progress=progress)
     described = method.describe(networks[0].model, networks[0].origin)
     if len(networks) > 1:
-        macs = sum(network.after.macs for network in networks)
-        described |= {"macs": macs, "share_of_dense_pass": macs / networks[0].before.macs}
+        macs, size = (sum(getattr(n.after, name) for n in networks) for name in ("macs", "size_bytes"))
+        described |= {"macs": macs, "share_of_dense_pass": macs / networks[0].before.macs, "stored_bytes": size}
     warnings = list(splits.info.notes)
     functional = described.get("functional_dropout")
     if functional:

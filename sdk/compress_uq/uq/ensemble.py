@@ -105,10 +105,15 @@ class Ensemble(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """As many passes as members."""
-        shape = tuple(origin.example(model, self.name).shape[1:])
-        macs = self.networks * measure_cost(model, shape).macs
-        dense = origin.dense_cost.macs if origin.dense_cost else macs // self.networks
-        return {"method": self.name, "samples": self.networks, "macs": macs, "share_of_dense_pass": macs / dense}
+        cost = measure_cost(model, origin.example(model, self.name).shape[1:])
+        dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
+        return {
+            "method": self.name,
+            "samples": self.networks,
+            "macs": self.networks * cost.macs,
+            "share_of_dense_pass": self.networks * cost.macs / dense,
+            "stored_bytes": self.networks * cost.size_bytes,
+        }
 
 
 def _refuse_strangers(models: Sequence[nn.Module], origin: Origin) -> None:
