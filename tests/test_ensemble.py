@@ -22,6 +22,13 @@ QUICK = cuq.TrainingConfig(epochs=2, lr=0.02, batch_size=32, device="cpu")
 ARCH = cuq.Architecture("compress-uq:cnn", 4, SHAPE, {"widths": [16, 16], "hidden": [16]})
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_resamples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuq.metrics.bootstrap, "RESAMPLES", 5)
+        yield
+
+
 def blobs(count, seed):
     """Four classes told apart by the brightness of a quarter."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +53,7 @@ def models(parts):
 
 
 @pytest.fixture(scope="module")
-def of_one(models, parts):
+def of_one(models, parts, _few_resamples):
     """A bundle of an ensemble of one dense model, with its control, and the stages that were told."""
     stages = []
     bundle = cuq.compress(
