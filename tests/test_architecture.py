@@ -26,7 +26,7 @@ LAYERS = [
     {"uncertain", "structure"},
     {"steps", "report", "export"},
     {"shrinking", "held_out", "finishing"},
-    {"search"},
+    {"search", "compression"},
     {"layer_sensitivity"},
     {"bundle", "listing", "inputs"},
     {"verification", "pipeline"},

@@ -52,7 +52,7 @@ def evaluate(
             **where,
             **normalisation,
         )
-        model, splits = opened.checkpoint.model, opened.splits
+        model, splits = list(opened.checkpoint.models), opened.splits
     with progress() as callback:
         measured = cuq.evaluate(
             model, splits, device=device or "auto", batch_size=batch_size, workers=workers or 0, progress=callback

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import compress_uq as cuq
+from compress_uq_cli.console import note
 
 Arch = Annotated[
     str | None,
@@ -27,6 +28,8 @@ Std = Annotated[str | None, typer.Option(help="Per channel, of pixels in 0..1, c
 Ood = Annotated[
     list[str] | None, typer.Option(help="An out-of-distribution set: a name or a folder of images; repeatable.")
 ]
+Dropout = Annotated[float | None, typer.Option(help="Dropout rate, above 0 and below 1.")]
+DropoutAt = Annotated[str | None, typer.Option(help="auto, or modules to drop after: names or patterns.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training, 0 or more.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
@@ -125,6 +128,14 @@ def arch_options(pairs: list[str] | None) -> dict[str, Any]:
             raise cuq.InputError(f"--arch-option {pair!r}: expected KEY=VALUE, such as widths=128,64")
         options[key] = values if key in ("widths", "hidden") or len(values) > 1 else values[0]
     return options
+
+
+def method(name: str, given: dict[str, Any]) -> Any:
+    """A configured uncertainty method; an option that it has no use for is named in a note."""
+    configured, unused = cuq.configure_method(name, given)
+    if unused:
+        note(f"note: {name} has no use for {', '.join('--' + option.replace('_', '-') for option in unused)}")
+    return configured
 
 
 def class_weights(text: str | None) -> str | tuple[float, ...] | None:

@@ -44,12 +44,14 @@ def prune(
     ] = None,
     round_to: Annotated[int, typer.Option(help="Channels kept are a multiple of this.")] = 8,
     uq: Annotated[str, typer.Option(help="Uncertainty method; see `methods`.")] = "mc-dropout",
-    samples: Annotated[int | None, typer.Option(help="Members per prediction, at least 1.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Members per prediction, at least 1; of an ensemble at least 2.")
+    ] = None,
     sampling_budget: Annotated[
         float | None, typer.Option(help="What all members may cost, as a share of one dense pass in MACs.")
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout rate, above 0 and below 1.")] = None,
-    dropout_at: Annotated[str | None, typer.Option(help="auto, or modules to drop after: names or patterns.")] = None,
+    dropout: o.Dropout = None,
+    dropout_at: o.DropoutAt = None,
     calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
@@ -87,7 +89,7 @@ def prune(
     destination = out or Path(f"{model.stem}-compressed")
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
-    method = _method(
+    method = o.method(
         uq, o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed)
     )
     training = cuq.TrainingConfig(
@@ -127,9 +129,10 @@ def prune(
         "uq": method,
         "calibration": calibration,
     }
+    models = list(opened.checkpoint.models)
     with progress() as callback:
         plan = cuq.plan_compression(
-            opened.checkpoint.model, opened.splits, training=training, budget=budget or (), progress=callback, **what
+            models, opened.splits, training=training, budget=budget or (), progress=callback, **what
         )
     _show_plan(plan, training, opened.splits)
     if dry_run:
@@ -139,7 +142,7 @@ def prune(
         work_dir.mkdir(parents=True, exist_ok=True)
     with progress() as callback:
         bundle = cuq.compress(
-            opened.checkpoint.model,
+            models,
             opened.splits,
             training=training,
             arch=opened.checkpoint.architecture,
@@ -172,14 +175,6 @@ def show_card(report: dict[str, Any]) -> None:
         console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
-def _method(name: str, given: dict[str, Any]) -> Any:
-    """A configured method; an option that it has no use for is named in a note."""
-    method, unused = cuq.configure_method(name, given)
-    if unused:
-        note(f"note: {name} has no use for {', '.join('--' + option.replace('_', '-') for option in unused)}")
-    return method
-
-
 def _trials(search: cuq.SearchResult) -> list[list[str]]:
     return [
         [
@@ -209,6 +204,7 @@ def _show_plan(plan: cuq.pipeline.CompressionPlan, training: cuq.TrainingConfig,
     sites = described.get("sites")
     if isinstance(sites, Sequence):
         rows.append(["dropout after", ", ".join(str(site) for site in sites)])
+    if "share_of_dense_pass" in described:
         rows.append(["cost of a prediction", f"{described['share_of_dense_pass']:.2f} of one dense pass in MACs"])
     if plan.pruning_share is not None:
         share = plan.pruning_share

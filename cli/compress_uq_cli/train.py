@@ -23,6 +23,10 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write, such as model.pt.")],
     arch_option: o.ArchOption = None,
+    uq: Annotated[str, typer.Option(help="Train with this uncertainty method in place; see `methods`.")] = "msp",
+    samples: Annotated[int | None, typer.Option(help="Models of an ensemble, at least 2.")] = None,
+    dropout: o.Dropout = None,
+    dropout_at: o.DropoutAt = None,
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,
@@ -44,6 +48,7 @@ def train(
         raise cuq.InputError(f"{out} exists: pass --overwrite to replace it, or another --out")
     if not out.parent.is_dir():
         raise cuq.InputError(f"--out {out}: the folder {out.parent} is not there")
+    method = o.method(uq, o.given(samples=samples, dropout=dropout, dropout_at=dropout_at, seed=seed))
     training = cuq.TrainingConfig(
         **o.given(
             epochs=epochs,
@@ -58,10 +63,11 @@ def train(
         )
     )
     with progress() as callback:
-        result, splits = cuq.train_dense(
+        results, splits = cuq.train_dense(
             out,
             arch=arch,
             data=data,
+            uq=method,
             options=o.arch_options(arch_option),
             root=data_root,
             mean=o.numbers(mean, "--mean"),
@@ -69,10 +75,12 @@ def train(
             training=training,
             progress=callback,
         )
-        measured = cuq.evaluate(result, splits, progress=callback) if splits.test is not None else None
+        models = [result.model for result in results]
+        measured = cuq.evaluate(models, splits, progress=callback) if splits.test is not None else None
     accuracy = None if measured is None else measured.metrics["accuracy"].value
     shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
-    note(f"{out}: {arch} on {data}{shown}")
+    several = f", {len(results)} models" if len(results) > 1 else ""
+    note(f"{out}: {arch} on {data}{several}{shown}")
     if json:
-        history = [vars(epoch) for epoch in result.history]
+        history = [vars(epoch) for result in results for epoch in result.history]
         print_json({"out": str(out), "accuracy": accuracy, "history": history})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -11,7 +10,7 @@ from compress_uq.config import AnswerConfig
 from compress_uq.data import Splits
 from compress_uq.errors import CalibrationError
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.stages import ModelOrResult
+from compress_uq.stages import ModelsOrResults
 from compress_uq.steps import calibrate, fit_uncertainty
 from compress_uq.uncertain import UncertainModel
 
@@ -44,7 +43,7 @@ def check_answers(answers: AnswerConfig, splits: Splits | None) -> None:
 
 
 def finish(
-    tuned: ModelOrResult | Sequence[ModelOrResult],
+    tuned: ModelsOrResults,
     splits: Splits,
     answers: AnswerConfig,
     *,

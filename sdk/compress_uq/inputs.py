@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from compress_uq.errors import InputError
 from compress_uq.models import Architecture, Checkpoint, DataRecord, load_model, open_model_file, save_model
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import Schedule
-from compress_uq.steps import FinetuneResult, finetune
+from compress_uq.shrinking import parts_of
+from compress_uq.steps import FinetuneResult, finetune, resolve_method
 from compress_uq.uq import METHODS, Method
 
 __all__ = ["ModelAndData", "configure_method", "initial_model", "open_model_and_data", "train_dense"]
@@ -108,7 +109,7 @@ def initial_model(path: str | os.PathLike[str] | None, checkpoint: Checkpoint, s
     """
     if path is not None:
         return load_model(path, arch=None if checkpoint.architecture is None else checkpoint.architecture.reference)
-    seed = checkpoint.training.get("seed")
+    seed = checkpoint.training.get("seed") if len(checkpoint.models) == 1 else None
     if schedule.rewinds_to in (None, "random") or seed is None or checkpoint.architecture is None:
         return None
     return checkpoint.architecture.build(seed)
@@ -119,6 +120,7 @@ def train_dense(
     *,
     arch: str,
     data: str,
+    uq: str | Method = "msp",
     options: Mapping[str, Any] | None = None,
     root: str | Path = "data",
     mean: tuple[float, ...] | None = None,
@@ -126,13 +128,17 @@ def train_dense(
     training: TrainingConfig | None = None,
     progress: ProgressCallback = silent,
     checkpoint: Path | None = None,
-) -> tuple[FinetuneResult, Splits]:
+) -> tuple[tuple[FinetuneResult, ...], Splits]:
     """Train an architecture on a data set and write a checkpoint, with a tenth of the images held out and recorded.
+
+    The checkpoint holds plain networks, as many as the method has: what the method puts into a network, such as dropout
+    at every site, acts while it trains, and what it observes is not kept.
 
     Args:
         out: the file to write.
         arch, options: what builds the model.
         data, root, mean, std: as in `load_splits`.
+        uq: the uncertainty method to train with.
         training: its seed also draws the initial weights and the tenth.
         progress: called after every batch.
         checkpoint: file to resume from and to write after every epoch.
@@ -145,22 +151,27 @@ def train_dense(
     info = splits.info
     labels = info.labels or tuple(str(k) for k in range(int(labels_of(splits.require("train", "train")).max()) + 1))
     architecture = Architecture(arch, len(labels), tuple(splits.example().shape[1:]), options or {})
-    result = finetune(
-        architecture.build(training.seed),
-        splits,
-        training=training,
-        progress=progress,
-        stage="training",
-        checkpoint=checkpoint,
-    )
+    method = resolve_method(uq).of_models(1).for_training()
+    models = [architecture.build(training.seed + i) for i in range(method.networks)]
+    results = []
+    for number, part in enumerate(parts_of(models, splits, method, training, progress), 1):
+        state = checkpoint
+        if checkpoint is not None and len(models) > 1:
+            state = checkpoint.with_stem(f"{checkpoint.stem}-{number}")
+        result = finetune(
+            part.dense, part.splits, method=method, training=part.training, progress=part.progress, stage="training",
+            checkpoint=state,
+        )  # fmt: skip
+        results.append(replace(result, model=method.plain(result.model)))
+    trained_with = {"epochs": training.epochs, "seed": training.seed, "lr": training.lr, "uq": method.name}
     save_model(
-        result.model,
+        [result.model for result in results],
         out,
         arch=architecture,
         labels=labels,
         mean=info.mean,
         std=info.std,
         data=DataRecord(data, info.fingerprint or "", info.held_out),
-        training={"epochs": training.epochs, "seed": training.seed, "lr": training.lr, "version": __version__},
+        training={**trained_with, "version": __version__},
     )
-    return result, splits
+    return tuple(results), splits

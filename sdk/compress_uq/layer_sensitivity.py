@@ -94,7 +94,7 @@ def sensitivity(
         )
     dense, origin = unpack(model)
     config = training or TrainingConfig()
-    before, images = held_out_measures(dense, origin, splits, calibration, config, progress)
+    before, images = held_out_measures((dense,), origin, splits, calibration, config, progress)
     layers = prunable_layers(dense, splits.example(), keep=options.get("keep", ()))
     found = []
     for number, (name, channels) in enumerate(layers.items()):
@@ -106,7 +106,7 @@ def sensitivity(
             except PruningError as error:
                 _LOG.info("%s at %s is left out: %s", name, ratio, error)
                 continue
-            measured, _ = held_out_measures(result.model, result.origin, splits, calibration, config, progress)
+            measured, _ = held_out_measures((result.model,), result.origin, splits, calibration, config, progress)
             found.append(LayerTrial(name, channels, ratio, measured))
     if not found:
         raise PruningError(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -17,31 +18,25 @@ from torch import nn
 
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
-from compress_uq.calibration import AUTO, Identity
+from compress_uq.calibration import Identity
+from compress_uq.compression import Compression
 from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.data import ImageDataset, Splits, identical_images
 from compress_uq.errors import DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
-from compress_uq.finishing import AnswerOptions, check_answers, finish, finish_model
+from compress_uq.finishing import AnswerOptions, check_answers
 from compress_uq.metrics import random_ause
 from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.pruning import PruneResult, PruningOptions, prune, pruning_share, resolve_criterion
+from compress_uq.pruning import PruneResult, PruningOptions, pruning_share, resolve_criterion
 from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
 from compress_uq.search import Budget, SearchResult, search_sparsity
-from compress_uq.shrinking import prune_and_finetune
-from compress_uq.stages import ModelOrResult, Origin, unpack
-from compress_uq.steps import (
-    FinetuneResult,
-    TrainingOptions,
-    finetune,
-    resolve_method,
-    training_config,
-)
-from compress_uq.training import Epoch
+from compress_uq.shrinking import Shrunk, prune_networks
+from compress_uq.stages import ModelsOrResults, Origin, unpack_all
+from compress_uq.steps import TrainingOptions, resolve_method, training_config
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Method, Trained
+from compress_uq.uq import Method
 
 __all__ = ["CompressionPlan", "compress", "plan_compression", "suspicions"]
 
@@ -54,8 +49,8 @@ class CompressOptions(PruningOptions, TrainingOptions, AnswerOptions, total=Fals
 class CompressionPlan:
     """What a run will do, found out before anything is trained."""
 
-    pruned: PruneResult
-    """The pruned model; where pruning itself trains, a stand-in of the same size."""
+    networks: tuple[PruneResult, ...]
+    """The pruned model, or each of an ensemble's; where pruning itself trains, stand-ins of the same size."""
     pruning: PruningOptions
     pruning_share: float | None
     """Of the epochs, the share that is spent while channels go, the rest being fine-tuning; None where pruning does not
@@ -70,9 +65,14 @@ class CompressionPlan:
     search: SearchResult | None = None
     """How the size was found, where a budget decides it."""
 
+    @property
+    def pruned(self) -> PruneResult:
+        """The pruned model, of an ensemble the first member."""
+        return self.networks[0]
+
 
 def plan_compression(
-    model: ModelOrResult,
+    model: ModelsOrResults,
     splits: Splits,
     *,
     uq: str | Method = "mc-dropout",
@@ -90,11 +90,13 @@ def plan_compression(
     """
     pruning, tuning, answers = _sort(options)
     config, augment = training_config(training, tuning)
-    dense, _ = unpack(model)
-    method = resolve_method(uq)
+    models, _ = unpack_all(model)
+    method = resolve_method(uq).of_models(len(models))
     splits.require("test", "the report card")
     check_answers(answers, splits)
-    refuse_non_finite(dense, "the model")
+    for number, dense in enumerate(models, 1):
+        refuse_non_finite(dense, "the model" if len(models) == 1 else f"model {number}")
+        _refuse_unlike(models[0], dense, number)
     search = None
     if budget:
         search = search_sparsity(
@@ -107,10 +109,11 @@ def plan_compression(
         raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
     # Where pruning trains, another criterion and a single step give the same sizes at once.
     outline: PruningOptions = pruning if share is None else {**pruning, **_outline(pruning)}
-    pruned = prune(
-        dense, splits.example(), splits=splits, training=config, seed=config.seed, progress=progress, **outline
-    )
-    described = method.describe(pruned.model, pruned.origin)
+    networks = prune_networks(models, splits, pruning=outline, method=method, training=config, progress=progress)
+    described = method.describe(networks[0].model, networks[0].origin)
+    if len(networks) > 1:
+        macs, size = (sum(getattr(n.after, name) for n in networks) for name in ("macs", "size_bytes"))
+        described |= {"macs": macs, "share_of_dense_pass": macs / networks[0].before.macs, "stored_bytes": size}
     warnings = list(splits.info.notes)
     functional = described.get("functional_dropout")
     if functional:
@@ -119,12 +122,12 @@ def plan_compression(
     for pair, count in identical_images(splits).items():
         warnings.append(f"{count} identical images are in both parts of {pair}")
     return CompressionPlan(
-        pruned, pruning, share, method, described, answers, splits.info.calibration, tuple(warnings), search
+        networks, pruning, share, method, described, answers, splits.info.calibration, tuple(warnings), search
     )
 
 
 def compress(
-    model: ModelOrResult,
+    model: ModelsOrResults,
     splits: Splits,
     *,
     uq: str | Method = "mc-dropout",
@@ -140,7 +143,8 @@ def compress(
     """Prune a trained classifier, fine-tune it, and bundle it with calibrated uncertainty and a report card.
 
     Args:
-        model: the trained classifier; it is not changed.
+        model: the trained classifier, or several of one architecture, each of which becomes a member of an `ensemble`;
+            they are not changed. An ensemble of one model is made by pruning and fine-tuning it several times.
         splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`.
         uq: uncertainty method, a name or configured, such as `MCDropout(p=0.1, samples=20)`.
         training: how to fine-tune. A criterion or schedule that trains takes its share of these epochs.
@@ -158,82 +162,51 @@ def compress(
     """
     _, tuning, _ = _sort(options)
     config, augment = training_config(training, tuning)
-    dense, _ = unpack(model)
-    dense_mode = {name: module.training for name, module in dense.named_modules()}
+    models, _ = unpack_all(model)
     if plan is None:
         plan = plan_compression(
             model, splits, uq=uq, training=training, budget=budget, progress=progress, **options
         )  # fmt: skip
-    method, answers, origin = plan.method, plan.answers, plan.pruned.origin
-    architecture = _architecture(arch, splits, origin)
+    architecture = _architecture(arch, splits, plan.pruned.origin)
     if architecture is not None:
-        _refuse_misfit(architecture, dense)
-    warnings = list(plan.warnings)
-
-    def finished(tuned: FinetuneResult, name: str) -> UncertainModel:
-        done = finish(tuned, splits, answers, name=name, device=config.device, progress=progress)
-        warnings.extend(done.warnings)
-        return done.model
-
-    try:
+        _refuse_misfit(architecture, models[0])
+    run = Compression(
+        models, plan.pruned.origin, splits, plan.pruning, plan.method, plan.answers, config, augment, progress,
+        work_dir, list(plan.warnings),
+    )  # fmt: skip
+    with _modes_kept(models):
         # The dense model as it was given.
-        plain = UncertainModel(MSP().fit(Trained((dense,), origin.of_data(splits))), MSP(), origin.of_data(splits))
-        dense_evaluation = evaluate(plain, splits, device=config.device, progress=progress, stage="dense")
-        warnings += _near_chance(dense_evaluation)
+        dense = run.dense()
+        dense_evaluation = run.measured(dense, "dense")
+        run.warnings += _near_chance(dense_evaluation)
 
-        # The compressed model.
-        pruned, tuned = prune_and_finetune(
-            dense, splits, pruning=plan.pruning, method=method, training=config, augment=augment, pruned=plan.pruned,
-            progress=progress, work_dir=work_dir,
-        )  # fmt: skip
-        uncertain = finished(tuned, "compressed")
+        # The compressed model, and the dense one calibrated as it is.
+        compressed = run.compressed(plan.networks)
+        dense_calibrated_evaluation = run.measured(run.dense_calibrated(compressed), "dense calibrated")
         recipe = {
-            **_recipe(plan, pruned, config, splits, architecture), "calibration_choice": uncertain.calibrator.choice,
-        }  # fmt: skip
-        evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
-        evaluation = _with_cost(evaluation, training_seconds=_seconds(pruned.history + tuned.history))
-
-        # What it is compared with gets the same calibrator on the same images, also where that was chosen.
-        if answers.calibration == AUTO:
-            answers = replace(answers, calibration=uncertain.calibrator.name)
-        only_calibrated = AnswerConfig(calibration=answers.calibration)
-        dense_calibrated = finish_model(
-            plain, splits, only_calibrated, name="dense_calibrated", device=config.device, progress=progress
-        )
-        warnings += dense_calibrated.warnings
-        dense_calibrated_evaluation = evaluate(
-            dense_calibrated.model, splits, device=config.device, progress=progress, stage="dense calibrated"
-        )
+            **_recipe(plan, compressed.networks, config, splits, architecture),
+            "calibration_choice": compressed.model.calibrator.choice,
+        }
+        evaluation = _with_cost(run.measured(compressed.model, "compressed"), training_seconds=compressed.seconds)
 
         # Its exported file, measured again, and timed beside one dense pass.
         with tempfile.TemporaryDirectory() as folder:
             files = {"onnx": Path(folder) / "model.onnx", "dense": Path(folder) / "dense.onnx"}
-            export_onnx(uncertain, files["onnx"], recipe_hash=recipe_hash(recipe))
+            export_onnx(compressed.model, files["onnx"], recipe_hash=recipe_hash(recipe))
             onnx_evaluation = evaluate(files["onnx"], splits, device=config.device, progress=progress, stage="onnx")
-            warnings += _export_dense(plain, files)
-            assert origin.input_shape is not None
-            latency = onnx_milliseconds({k: f for k, f in files.items() if f.is_file()}, origin.input_shape)
+            run.warnings += _export_dense(dense, files)
+            shape = compressed.model.origin.input_shape
+            assert shape is not None
+            latency = onnx_milliseconds({k: f for k, f in files.items() if f.is_file()}, shape)
             content = files["onnx"].read_bytes()
 
         # The dense model given the same fine-tuning and uncertainty, if it was asked for.
         control_evaluation = None
         if control:
-            # It drops where the compressed model does, whatever that costs on the dense one.
-            beside = finetune(
-                _Bare(dense, origin), splits, teacher=dense, method=method.as_prepared(tuned.model), training=config,
-                progress=progress, stage="control", augment=augment,
-                checkpoint=None if work_dir is None else work_dir / "control.pt",
-            )  # fmt: skip
-            control_model = finished(beside, "control")
-            control_evaluation = _with_cost(
-                evaluate(control_model, splits, device=config.device, progress=progress, stage="control"),
-                training_seconds=_seconds(beside.history),
-            )
-    finally:
-        for name, module in dense.named_modules():
-            module.training = dense_mode[name]
+            control_model, seconds = run.control(compressed)
+            control_evaluation = _with_cost(run.measured(control_model, "control"), training_seconds=seconds)
 
-    warnings += suspicions(uncertain, splits, evaluation)
+    run.warnings += suspicions(compressed.model, splits, evaluation)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),
@@ -241,17 +214,20 @@ def compress(
         onnx=_with_cost(onnx_evaluation, latency=latency["onnx"]),
         control=control_evaluation,
         recipe=recipe,
-        warnings=tuple(dict.fromkeys(warnings)),
+        warnings=tuple(dict.fromkeys(run.warnings)),
     )
-    return Bundle.build(uncertain, dense, card, content, architecture, splits.info.fingerprint)
+    return Bundle.build(compressed.model, models[0], card, content, architecture, splits.info.fingerprint)
 
 
-@dataclass(frozen=True)
-class _Bare:
-    """The dense model as a stage's result, so that its own cost is what it is compared with."""
-
-    model: nn.Module
-    origin: Origin
+@contextmanager
+def _modes_kept(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Every module's mode is the caller's again after the block."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _sort(options: CompressOptions) -> tuple[PruningOptions, TrainingOptions, AnswerConfig]:
@@ -267,19 +243,15 @@ def _outline(pruning: PruningOptions) -> PruningOptions:
     return {"schedule": "one-shot", "criterion": "l1"} if trains else {"schedule": "one-shot"}
 
 
-def _seconds(history: Sequence[Epoch]) -> float:
-    return sum(epoch.seconds for epoch in history)
-
-
 def _recipe(
     plan: CompressionPlan,
-    pruned: PruneResult,
+    networks: Sequence[Shrunk],
     config: TrainingConfig,
     splits: Splits,
     architecture: Architecture | None,
 ) -> dict[str, Any]:
     """All that a run can be repeated from; plain values."""
-    info = splits.info
+    info, pruned = splits.info, networks[0].pruned
     resolved = info.augment if config.augment == "auto" else config.augment
     sizes = {p: len(s) for p in ("train", "calibration", "decision", "test") if (s := getattr(splits, p)) is not None}
     recipe = {
@@ -299,8 +271,9 @@ def _recipe(
             "target_reached": None if pruned.target is None else pruned.target.reached,
             "epochs": len(pruned.history),
             "search": None if plan.search is None else plan.search.to_json(),
-            "channels": {layer.name: [layer.before, layer.after] for layer in pruned.layers},
+            "channels": _channels(pruned),
         },
+        "members": [_member(network) for network in networks] if len(networks) > 1 else [],
         "uncertainty": {**plan.uncertainty, "options": vars(plan.method)},
         **asdict(plan.answers),
         "training": {**asdict(config), "augment": resolved},
@@ -308,6 +281,21 @@ def _recipe(
     }
     plain: dict[str, Any] = _plain(recipe)
     return plain
+
+
+def _member(network: Shrunk) -> dict[str, Any]:
+    """What tells a member of an ensemble from the others."""
+    return {
+        "seed": network.seed,
+        "criterion": network.pruned.settings["criterion"],
+        "perturbation": network.perturbation,
+        "sparsity_reached": network.pruned.sparsity,
+        "channels": _channels(network.pruned),
+    }
+
+
+def _channels(pruned: PruneResult) -> dict[str, list[int]]:
+    return {layer.name: [layer.before, layer.after] for layer in pruned.layers}
 
 
 def _plain(value: Any) -> Any:
@@ -331,14 +319,31 @@ def _architecture(arch: str | Architecture | None, splits: Splits, origin: Origi
 
 def _refuse_misfit(architecture: Architecture, dense: nn.Module) -> None:
     """A bundle that could not be rebuilt later is refused now."""
-    built = {name: tuple(value.shape) for name, value in architecture.build().state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in dense.state_dict().items()}
-    for name in {**given, **built}:
-        if built.get(name) != given.get(name):
-            raise ModelError(
-                f"arch {architecture.reference!r} does not build the model given: {name} is {built.get(name)} in the "
-                f"architecture and {given.get(name)} in the model"
-            )
+    differing = _differing(architecture.build(), dense)
+    if differing is not None:
+        name, built, given = differing
+        raise ModelError(
+            f"arch {architecture.reference!r} does not build the model given: {name} is {built} in the architecture "
+            f"and {given} in the model"
+        )
+
+
+def _refuse_unlike(first: nn.Module, other: nn.Module, number: int) -> None:
+    """A bundle rebuilds all members from one architecture."""
+    differing = _differing(first, other)
+    if differing is not None:
+        name, one, two = differing
+        raise ModelError(
+            f"model {number} is of another architecture than the first: {name} is {one} in the first and {two} in it; "
+            "the models of a list are of one architecture"
+        )
+
+
+def _differing(one: nn.Module, other: nn.Module) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None] | None:
+    """The first tensor that two models do not share in name and shape, with both shapes."""
+    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in (one, other)]
+    names = (name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
+    return next(((name, shapes[0].get(name), shapes[1].get(name)) for name in names), None)
 
 
 def _export_dense(plain: UncertainModel, files: Mapping[str, Path]) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Progress", "ProgressCallback", "silent"]
+__all__ = ["Progress", "ProgressCallback", "silent", "within"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def within(progress: ProgressCallback, part: str) -> ProgressCallback:
+    """A callback whose stages are those of a part of the work, such as `member 2/5: fine-tuning`."""
+    return lambda step: progress(replace(step, stage=f"{part}: {step.stage}"))
 
 
 def silent(_progress: Progress) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -17,10 +18,10 @@ from compress_uq.held_out import held_out_figures
 from compress_uq.progress import Progress, ProgressCallback, silent
 from compress_uq.pruning import LARGEST_SHARE, PruningOptions
 from compress_uq.shrinking import prune_and_finetune
-from compress_uq.stages import ModelOrResult, Origin, unpack
+from compress_uq.stages import ModelsOrResults, Origin, unpack_all
 from compress_uq.steps import calibrate, fit_uncertainty
-from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Method, Trained
+from compress_uq.uncertain import UncertainModel, as_given
+from compress_uq.uq import Method
 
 __all__ = ["Budget", "SearchResult", "Trial", "held_out_measures", "search_sparsity"]
 
@@ -93,7 +94,7 @@ class SearchResult:
 
 
 def search_sparsity(
-    model: ModelOrResult,
+    model: ModelsOrResults,
     splits: Splits,
     budgets: Sequence[str | Budget],
     *,
@@ -125,9 +126,10 @@ def search_sparsity(
             raise PruningError(f"a budget and {name}={pruning[name]} were given: the budget decides the size")
     if trials < 1:
         raise InputError(f"trials={trials}: expected 1 or more")
-    dense, origin = unpack(model)
+    models, origin = unpack_all(model)
+    method = method.of_models(len(models))
     config = replace(training or TrainingConfig(), epochs=epochs)
-    before, images = held_out_measures(dense, origin, splits, calibration, config, progress)
+    before, images = held_out_measures(models, origin, splits, calibration, config, progress)
     if pruning.get("scope") == "global":
         largest = min(largest, LARGEST_SHARE)
     reason = ""
@@ -137,8 +139,8 @@ def search_sparsity(
         sparsity = round((low + high) / 2, 4)
         progress(Progress("searching", number, trials, f"sparsity {sparsity}"))
         try:
-            pruned, tuned = prune_and_finetune(
-                dense, splits, pruning={**pruning, "sparsity": sparsity}, method=method, training=config,
+            networks = prune_and_finetune(
+                models, splits, pruning={**pruning, "sparsity": sparsity}, method=method, training=config,
                 augment=augment, progress=progress,
             )  # fmt: skip
         except PruningError as error:
@@ -147,15 +149,17 @@ def search_sparsity(
             # So small a share leaves every layer whole: there is nothing between it and the sizes that were tried.
             reason = f" ({error})"
             break
-        after, _ = _measures(fit_uncertainty(tuned, splits), splits, calibration, config, progress)
+        after, _ = _measures(
+            fit_uncertainty([network.tuned for network in networks], splits), splits, calibration, config, progress
+        )
         after["accuracy_drop"] = before["accuracy"] - after.pop("accuracy")
         measured = {name: after[name] for name in MEASURES}
         holds = all(measured[budget.measure] <= budget.limit for budget in wanted)
         tried.append(
             Trial(
                 sparsity,
-                pruned.after.parameters / pruned.before.parameters,
-                pruned.after.macs / pruned.before.macs,
+                statistics.mean(n.pruned.after.parameters / n.pruned.before.parameters for n in networks),
+                statistics.mean(n.pruned.after.macs / n.pruned.before.macs for n in networks),
                 measured,
                 holds,
             )
@@ -173,16 +177,15 @@ def search_sparsity(
 
 
 def held_out_measures(
-    model: nn.Module, origin: Origin, splits: Splits, calibration: str, config: TrainingConfig,
+    models: Sequence[nn.Module], origin: Origin, splits: Splits, calibration: str, config: TrainingConfig,
     progress: ProgressCallback = silent,
 ) -> tuple[dict[str, float], str]:  # fmt: skip
-    """Accuracy, NLL, ECE and AUSE of a plain model on held-out images, calibrated, and which images those are.
+    """Accuracy, NLL, ECE and AUSE of plain models on held-out images, calibrated, and which images those are.
 
     Raises:
         DataError: there are no held-out images.
     """
-    plain = UncertainModel(MSP().fit(Trained((model,), origin.of_data(splits))), MSP(), origin.of_data(splits))
-    return _measures(plain, splits, calibration, config, progress)
+    return _measures(as_given(models, origin.of_data(splits)), splits, calibration, config, progress)
 
 
 def _measures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from compress_uq.cost import Cost
 from compress_uq.data import DataInfo, Splits
 from compress_uq.errors import InputError
 
-__all__ = ["ModelOrResult", "Origin", "StageResult", "unpack"]
+__all__ = ["AsGiven", "ModelOrResult", "ModelsOrResults", "Origin", "StageResult", "unpack", "unpack_all"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ class StageResult(Protocol):
 
 
 ModelOrResult = nn.Module | StageResult
+ModelsOrResults = ModelOrResult | Sequence[ModelOrResult]
+"""One, or the members of an ensemble."""
+
+
+@dataclass(frozen=True)
+class AsGiven:
+    """A model to which nothing was done, as a stage's result."""
+
+    model: nn.Module
+    origin: Origin
 
 
 def unpack(given: ModelOrResult, example_inputs: Tensor | None = None) -> tuple[nn.Module, Origin]:
@@ -95,3 +106,27 @@ def unpack(given: ModelOrResult, example_inputs: Tensor | None = None) -> tuple[
     if example_inputs is not None:
         origin = replace(origin, input_shape=tuple(example_inputs.shape[1:]))
     return model, origin
+
+
+def unpack_all(given: ModelsOrResults, example_inputs: Tensor | None = None) -> tuple[tuple[nn.Module, ...], Origin]:
+    """The modules and the origin that they share: the first one's, with what only others know.
+
+    Raises:
+        InputError: nothing was given, something else than modules and results, or models that answer for other labels
+            or take images of another shape.
+    """
+    unpacked = [unpack(each, example_inputs) for each in (given if isinstance(given, Sequence) else (given,))]
+    if not unpacked:
+        raise InputError("no model was given: expected one, or a list of the members of an ensemble")
+    origin = unpacked[0][1]
+    for name, what in (("labels", "labels"), ("input_shape", "images of shape")):
+        known = {number: value for number, (_, o) in enumerate(unpacked, 1) if (value := getattr(o, name)) is not None}
+        for number, value in known.items():
+            first = next(iter(known))
+            if value != known[first]:
+                raise InputError(
+                    f"model {first} takes or answers {what} {known[first]} and model {number} {value}: the members of "
+                    "an ensemble have the same"
+                )
+        origin = replace(origin, **{name: next(iter(known.values()), None)})
+    return tuple(module for module, _ in unpacked), origin

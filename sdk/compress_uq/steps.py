@@ -21,7 +21,7 @@ from compress_uq.data import AUGMENTATIONS, Augmentation, ImageDataset, Splits, 
 from compress_uq.errors import CalibrationError, InputError, UncertaintyError, UnknownNameError
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.stages import ModelOrResult, Origin, unpack
+from compress_uq.stages import ModelOrResult, ModelsOrResults, Origin, unpack, unpack_all
 from compress_uq.training import Epoch, fit_network, resolve_device
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import METHODS, Method, Trained
@@ -159,7 +159,7 @@ def prepare_uncertainty(model: ModelOrResult, method: str | Method, example_inpu
 
 
 def fit_uncertainty(
-    model: ModelOrResult | Sequence[ModelOrResult],
+    model: ModelsOrResults,
     splits: Splits | None = None,
     *,
     method: str | Method | None = None,
@@ -179,21 +179,18 @@ def fit_uncertainty(
     Raises:
         UncertaintyError: no method is known, it cannot act on this model, or it needed a stage that was missed.
     """
-    given = list(model) if isinstance(model, Sequence) else [model]
-    if not given:
-        raise UncertaintyError("no model was given: expected one, or a list of the members of an ensemble")
-    unpacked = [unpack(each, example_inputs) for each in given]
-    origin = unpacked[0][1]
+    models, origin = unpack_all(model, example_inputs)
     if splits is not None:
         origin = origin.of_data(splits)
-    last = given[0] if isinstance(given[0], FinetuneResult) else None
+    first = model[0] if isinstance(model, Sequence) else model
+    last = first if isinstance(first, FinetuneResult) else None
     known = None if last is None else last.method
     if method is None and known is None:
         raise UncertaintyError(f"no uncertainty method is known: pass method=, one of {', '.join(METHODS.names)}")
     chosen = known if method is None else resolve_method(method)
     assert chosen is not None
     trained = Trained(
-        tuple(module for module, _ in unpacked),
+        models,
         origin,
         None if last is None else last.observed,
         None if splits is None else splits.train,

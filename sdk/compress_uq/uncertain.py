@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from compress_uq.decisions import AcceptanceRule, SetRule
 from compress_uq.scores import Answers, Confidence, Entropy, Score
 from compress_uq.stages import Origin
 from compress_uq.types import Prediction
-from compress_uq.uq import Members, Method
+from compress_uq.uq import MSP, Ensemble, Members, Method, Trained
 
-__all__ = ["UncertainModel", "summarise"]
+__all__ = ["UncertainModel", "as_given", "summarise"]
 
 _TINY = 1e-12
 
@@ -74,6 +75,16 @@ class UncertainModel(nn.Module):
     def member_logits(self, images: Tensor) -> Tensor:
         """Uncalibrated logits of every member, (T, N, K) float32."""
         return self.members(images)  # type: ignore[no-any-return]
+
+
+def as_given(models: Sequence[nn.Module], origin: Origin) -> UncertainModel:
+    """Models as they are: the softmax of one, the mean softmax of several.
+
+    Raises:
+        UncertaintyError: several that do not go together.
+    """
+    method = MSP() if len(models) == 1 else Ensemble(len(models))
+    return UncertainModel(method.fit(Trained(tuple(models), origin)), method, origin)
 
 
 def summarise(

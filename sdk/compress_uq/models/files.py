@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 _FORMAT = "compress-uq-checkpoint"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_OF_ONE_MODEL = 1
+"""Version of a file with a single model, which older releases read."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class DataRecord:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and what is known about it; whatever its file does not record is None."""
+    """Models and what is known about them; whatever their file does not record is None."""
 
-    model: nn.Module
+    models: tuple[nn.Module, ...]
+    """One, or the members of an ensemble."""
     architecture: Architecture | None = None
     input_shape: tuple[int, ...] | None = None
     labels: tuple[str, ...] | None = None
@@ -59,14 +62,29 @@ class Checkpoint:
     data: DataRecord | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def model(self) -> nn.Module:
+        """The only model.
+
+        Raises:
+            ModelError: there are several.
+        """
+        if len(self.models) != 1:
+            raise ModelError(
+                f"the file holds {len(self.models)} models, the members of an ensemble, and one is expected: "
+                "read_checkpoint(path).models has them all"
+            )
+        return self.models[0]
+
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model file that was read but not yet built: its header, and a state dict or a whole module."""
+    """A model file that was read but not yet built: its header, and state dicts or a whole module."""
 
     path: Path
     header: Mapping[str, Any]
-    state: Mapping[str, Tensor] | None
+    states: tuple[Mapping[str, Tensor], ...]
+    """One for each model."""
     module: nn.Module | None
 
     @property
@@ -96,7 +114,7 @@ class ModelFile:
         input_shape: tuple[int, ...] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
-        """The model with its weights in it, in eval mode.
+        """The models with their weights in them, in eval mode.
 
         Raises:
             ModelError: no architecture is known, the weights do not fit it, or they are not finite.
@@ -115,18 +133,20 @@ class ModelFile:
         else:
             reference = recorded
         if self.module is not None:
-            model = self.module
-        elif reference is None or self.state is None:
+            models = [self.module]
+        elif reference is None:
             raise ModelError(
                 f"{self.path} holds weights without an architecture: pass --arch, "
                 "such as torchvision:resnet18 or package.module:callable"
             )
         else:
-            model = reference.build()
-            _fit(model, self.state, self.path, reference.reference)
-        refuse_non_finite(model, self.path)
+            models = [reference.build() for _ in self.states]
+            for model, state in zip(models, self.states, strict=True):
+                _fit(model, state, self.path, reference.reference)
+        for model in models:
+            refuse_non_finite(model, self.path)
         return Checkpoint(
-            model.eval(),
+            tuple(model.eval() for model in models),
             reference,
             self.recorded("input_shape") or input_shape,
             self.recorded("labels"),
@@ -138,7 +158,7 @@ class ModelFile:
 
     def _classes(self) -> int:
         """Class count of a state dict: the rows of its last matrix."""
-        matrices = [v for v in (self.state or {}).values() if v.ndim >= 2]
+        matrices = [v for v in (self.states[0] if self.states else {}).values() if v.ndim >= 2]
         if not matrices:
             raise ModelError(f"{self.path}: the number of classes is not recorded: pass --num-classes")
         return int(matrices[-1].shape[0])
@@ -157,12 +177,12 @@ def open_model_file(path: str | os.PathLike[str], *, unsafe: bool = False) -> Mo
         raise ModelError(f"{file}: no such file")
     if file.suffix == ".safetensors":
         try:
-            return ModelFile(file, {}, load_file(file), None)
+            return ModelFile(file, {}, (load_file(file),), None)
         except SafetensorError as error:
             raise ModelError(f"{file} is not a safetensors file: {error}") from error
     content = _unpickle(file, unsafe=unsafe)
     if isinstance(content, nn.Module):
-        return ModelFile(file, {}, None, content)
+        return ModelFile(file, {}, (), content)
     if not isinstance(content, Mapping):
         raise ModelError(f"{file} holds a {type(content).__name__}: expected a checkpoint or a state dict")
     if content.get("format") == _FORMAT:
@@ -171,8 +191,9 @@ def open_model_file(path: str | os.PathLike[str], *, unsafe: bool = False) -> Mo
                 f"{file} has checkpoint format {content['format_version']}, this version reads up to "
                 f"{_FORMAT_VERSION}: update compress-uq"
             )
-        return ModelFile(file, content, content["state_dict"], None)
-    return ModelFile(file, {}, _state_dict(content, file), None)
+        several = content.get("state_dicts")
+        return ModelFile(file, content, (content["state_dict"],) if several is None else tuple(several), None)
+    return ModelFile(file, {}, (_state_dict(content, file),), None)
 
 
 def read_checkpoint(
@@ -184,7 +205,7 @@ def read_checkpoint(
     options: Mapping[str, Any] | None = None,
     unsafe: bool = False,
 ) -> Checkpoint:
-    """Read a model file and build its model; see `open_model_file` and `ModelFile.build`."""
+    """Read a model file and build its models; see `open_model_file` and `ModelFile.build`."""
     opened = open_model_file(path, unsafe=unsafe)
     return opened.build(arch=arch, num_classes=num_classes, input_shape=input_shape, options=options)
 
@@ -198,14 +219,18 @@ def load_model(
     options: Mapping[str, Any] | None = None,
     unsafe: bool = False,
 ) -> nn.Module:
-    """The model of a model file, in eval mode; `read_checkpoint` also tells what the file records."""
+    """The model of a model file, in eval mode; `read_checkpoint` also tells what the file records.
+
+    Raises:
+        ModelError: whatever does not fit, or a file with several members, which `read_checkpoint` reads.
+    """
     return read_checkpoint(
         path, arch=arch, num_classes=num_classes, input_shape=input_shape, options=options, unsafe=unsafe
     ).model
 
 
 def save_model(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     path: str | os.PathLike[str],
     *,
     arch: str | Architecture,
@@ -220,6 +245,8 @@ def save_model(
 ) -> None:
     """Write a compress-uq checkpoint: tensors and plain values, readable without running code.
 
+    Several models of one architecture, the members of an ensemble, are one checkpoint.
+
     Raises:
         ModelError: `arch` is a name and `num_classes` is missing, or it does not fit the model.
         ArtifactError: the file cannot be written.
@@ -229,11 +256,15 @@ def save_model(
             raise ModelError(f"save_model(arch={arch!r}) needs num_classes=")
         shape = None if input_shape is None else tuple(input_shape)
         arch = Architecture(arch, num_classes, shape, options or {})
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    _fit(arch.build(), state, Path(path), arch.reference)
+    models = list(model) if isinstance(model, Sequence) else [model]
+    if not models:
+        raise ModelError(f"{path}: no model was given")
+    states = [{k: v.detach().cpu().contiguous() for k, v in one.state_dict().items()} for one in models]
+    for state in states:
+        _fit(arch.build(), state, Path(path), arch.reference)
     header: dict[str, Any] = {
         "format": _FORMAT,
-        "format_version": _FORMAT_VERSION,
+        "format_version": _OF_ONE_MODEL if len(states) == 1 else _FORMAT_VERSION,
         "architecture": arch.to_json(),
         "input_shape": list(arch.input_shape or input_shape or ()) or None,
         "labels": None if labels is None else list(labels),
@@ -241,7 +272,7 @@ def save_model(
         "std": None if std is None else list(std),
         "data": None,
         "training": dict(training or {}),
-        "state_dict": state,
+        **({"state_dict": states[0]} if len(states) == 1 else {"state_dicts": states}),
     }
     if data is not None:
         header["data"] = {

@@ -85,6 +85,7 @@ def prune(
     augment: str | Augmentation = "auto",
     teacher: nn.Module | None = None,
     recalibrate: bool = True,
+    perturbation: float = 0.0,
     seed: int = 0,
     progress: ProgressCallback = silent,
     work_dir: Path | None = None,
@@ -110,6 +111,8 @@ def prune(
         augment: for that training; by default what suits the data.
         teacher: distils in that training.
         recalibrate: estimate batch norm's statistics anew after the removal, from training images.
+        perturbation: Gaussian noise on the scores, in standard deviations of a group's scores, so that other seeds
+            remove other channels; sizes are settled without it. Criteria without scores (`loss`, `resrep`) take none.
         seed: of everything random.
         progress: called as the work goes on.
         work_dir: a folder where training keeps its state.
@@ -136,7 +139,7 @@ def prune(
     before = _first_cost(pruned, example)
     evidence = Evidence(
         pruned, example, splits, training or TrainingConfig(), augment, teacher, seed, progress,
-        None if work_dir is None else work_dir / "pruning-0.pt",
+        None if work_dir is None else work_dir / "pruning-0.pt", perturbation=perturbation,
     )  # fmt: skip
     rewinder = _rewinder(plan, given, initial, evidence)
 

@@ -20,11 +20,10 @@ from compress_uq.metrics import Figure, classification_figures, mean_figure, ood
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.runtime import OnnxPredictor, session
-from compress_uq.stages import ModelOrResult, unpack
+from compress_uq.stages import ModelsOrResults, unpack_all
 from compress_uq.training import resolve_device
 from compress_uq.types import Prediction
-from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Trained
+from compress_uq.uncertain import UncertainModel, as_given
 
 __all__ = ["Cost", "Evaluation", "evaluate", "onnx_milliseconds"]
 
@@ -71,7 +70,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: ModelOrResult | OnnxPredictor | str | os.PathLike[str],
+    model: ModelsOrResults | OnnxPredictor | str | os.PathLike[str],
     splits: Splits,
     *,
     device: str = "cpu",
@@ -83,8 +82,9 @@ def evaluate(
     """Measure a model on the test split and the out-of-distribution sets.
 
     Args:
-        model: an uncertain model, a plain classifier (its softmax is taken as it is), a stage's result, or an exported
-            file (path or `OnnxPredictor`), for which no torch model is needed.
+        model: an uncertain model, a plain classifier (its softmax is taken as it is), a stage's result, a list of
+            classifiers or results (the mean softmax of an ensemble), or an exported file (path or `OnnxPredictor`), for
+            which no torch model is needed.
         splits: needs `test`; `ood` adds the out-of-distribution figures.
         device: for torch models.
 
@@ -159,13 +159,12 @@ def _of_file(onnx: OnnxPredictor) -> Callable[[Tensor], Prediction]:
     return predict
 
 
-def _as_uncertain(model: ModelOrResult, splits: Splits) -> UncertainModel:
+def _as_uncertain(model: ModelsOrResults, splits: Splits) -> UncertainModel:
     """A plain classifier is measured as its softmax stands."""
-    given, origin = unpack(model)
-    if isinstance(given, UncertainModel):
-        return given
-    method = MSP()
-    return UncertainModel(method.fit(Trained((given,), origin.of_data(splits))), method, origin.of_data(splits))
+    models, origin = unpack_all(model)
+    if len(models) == 1 and isinstance(models[0], UncertainModel):
+        return models[0]
+    return as_given(models, origin.of_data(splits))
 
 
 def _torch_cost(model: UncertainModel) -> Cost:

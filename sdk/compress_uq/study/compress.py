@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
-from torch import nn
-
-from compress_uq.config import AnswerConfig
-from compress_uq.finishing import finish, finish_model
+from compress_uq.compression import Compressed, Compression
 from compress_uq.held_out import held_out_figures
 from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
 from compress_uq.metrics import METRICS
-from compress_uq.pruning import PruneResult, PruningOptions
-from compress_uq.report import Evaluation, evaluate
+from compress_uq.pruning import PruningOptions
+from compress_uq.report import Evaluation
 from compress_uq.search import search_sparsity
-from compress_uq.shrinking import prune_and_finetune
-from compress_uq.stages import ModelOrResult, Origin
-from compress_uq.steps import FinetuneResult, finetune
+from compress_uq.stages import Origin
 from compress_uq.study.kind import Context, Kind, Outcome
 from compress_uq.study.settings import (
     HINTS,
@@ -33,7 +28,6 @@ from compress_uq.study.settings import (
     read_settings,
 )
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, Method, Trained
 
 __all__ = ["CompressKind"]
 
@@ -70,21 +64,23 @@ class CompressKind(Kind[CompressSettings]):
         """The stages, each once; what the dense model scores is shared by all runs on it."""
         opened = context.shared.remembered(of_dense(settings), lambda: _open(settings, context))
         dense = context.shared.record("dense", of_dense(settings), lambda: _dense_figures(settings, opened, context))
-        run = _Run(settings, opened, context)
-        pruned, tuned = run.shrunk()
-        uncertain = run.finished(tuned, "the model")
-        evaluation, held_out, source = run.measured(uncertain, "measuring")
+        run = _compression(settings, opened, context)
+        if settings.budget:
+            run.pruning["sparsity"] = _searched(settings, run)
+        compressed = run.compressed()
+        evaluation = run.measured(compressed.model, "measuring")
+        held_out, source = _held_out(compressed.model, run)
         measures = {
             **dense["measures"],
             **_quality(evaluation),
-            **_costs(evaluation, pruned, tuned),
+            **_costs(evaluation, compressed),
             **{f"held_out_{name}": value for name, value in held_out.items()},
             "accuracy_drop": _difference(dense["measures"]["dense_accuracy"], evaluation.metrics["accuracy"].value),
             "held_out_accuracy_drop": _difference(dense["held_out_accuracy"], held_out.get("accuracy")),
         }
         if settings.control:
-            measures |= _control(settings, opened, context, settings.method.as_prepared(tuned.model), pruned)
-        return Outcome(measures, tuple(dict.fromkeys([*dense["notes"], *run.notes, source])))
+            measures |= _control(settings, run, compressed, context)
+        return Outcome(measures, tuple(dict.fromkeys([*dense["notes"], *run.warnings, source])))
 
     def held_out(self, measure: str) -> str | None:
         """Costs need no data; what is measured on test has its counterpart on held-out images."""
@@ -103,102 +99,61 @@ class CompressKind(Kind[CompressSettings]):
 _HIGHER = ("sparsity", "sparsity_reached", "worst_class_accuracy")
 
 
-@dataclass
-class _Run:
-    """The stages of one run with what is the same in all of them, and the remarks made on the way."""
-
-    settings: CompressSettings
-    opened: ModelAndData
-    context: Context
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def _model(self) -> nn.Module:
-        return self.opened.checkpoint.model
-
-    def shrunk(self) -> tuple[PruneResult, FinetuneResult]:
-        """Pruned and fine-tuned, to the size that a budget leads to where there is one."""
-        settings, splits, progress = self.settings, self.opened.splits, self.context.progress
-        initial = initial_model(settings.initial, self.opened.checkpoint, settings.pruning["schedule"])
-        pruning = cast(PruningOptions, {**settings.pruning, "initial": initial})
-        if settings.budget:
-            search = search_sparsity(
-                self._model, splits, settings.budget, pruning=pruning, method=settings.method,
-                calibration=settings.answers.calibration, training=settings.training, progress=progress,
-            )  # fmt: skip
-            pruning["sparsity"] = search.sparsity
-            self.notes.append(f"sparsity {search.sparsity:g} is the largest tried within the budget")
-        return prune_and_finetune(
-            self._model, splits, pruning=pruning, method=settings.method, training=settings.training,
-            progress=progress, work_dir=self.context.work,
-        )  # fmt: skip
-
-    def finished(self, tuned: ModelOrResult, name: str) -> UncertainModel:
-        """The uncertain model, with remarks on what could not be fitted."""
-        done = finish(
-            tuned, self.opened.splits, self.settings.answers, name=name, device=self.settings.training.device,
-            progress=self.context.progress,
-        )  # fmt: skip
-        self.notes.extend(done.warnings)
-        return done.model
-
-    def measured(self, uncertain: UncertainModel, stage: str) -> tuple[Evaluation, dict[str, float | None], str]:
-        """Figures on test, and on held-out images with a word on which those are."""
-        device, progress = self.settings.training.device, self.context.progress
-        evaluation = evaluate(uncertain, self.opened.splits, device=device, progress=progress, stage=stage)
-        return evaluation, *held_out_figures(uncertain, self.opened.splits, device=device, progress=progress)
+def _compression(settings: CompressSettings, opened: ModelAndData, context: Context) -> Compression:
+    initial = initial_model(settings.initial, opened.checkpoint, settings.pruning["schedule"])
+    models = opened.checkpoint.models
+    return Compression(
+        models, Origin(), opened.splits, cast(PruningOptions, {**settings.pruning, "initial": initial}),
+        settings.method.of_models(len(models)), settings.answers, settings.training, progress=context.progress,
+        work_dir=context.work,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Bare:
-    """The dense model as a stage's result."""
+def _searched(settings: CompressSettings, run: Compression) -> float:
+    """The sparsity that the budget leads to, with a remark."""
+    search = search_sparsity(
+        run.models, run.splits, settings.budget, pruning=run.pruning, method=run.method,
+        calibration=run.answers.calibration, training=run.training, progress=run.progress,
+    )  # fmt: skip
+    run.warnings.append(f"sparsity {search.sparsity:g} is the largest tried within the budget")
+    return search.sparsity
 
-    model: nn.Module
-    origin: Origin
+
+def _held_out(model: UncertainModel, run: Compression) -> tuple[dict[str, float | None], str]:
+    """Figures on held-out images, with a word on which those are."""
+    return held_out_figures(model, run.splits, device=run.training.device, progress=run.progress)
 
 
 def _dense_figures(settings: CompressSettings, opened: ModelAndData, context: Context) -> dict[str, Any]:
     """The dense model as it was given, and the same calibrated on the same images."""
-    run = _Run(settings, opened, context)
-    method, splits = MSP(), opened.splits
-    plain = UncertainModel(
-        method.fit(Trained((opened.checkpoint.model,), Origin().of_data(splits))), method, Origin().of_data(splits)
-    )
-    evaluation, held_out, _ = run.measured(plain, "dense")
-    only_calibrated = AnswerConfig(calibration=settings.answers.calibration)
-    done = finish_model(plain, splits, only_calibrated, name="the dense model", device=settings.training.device)
-    calibrated = evaluate(done.model, splits, device=settings.training.device, stage="dense, calibrated")
+    run = _compression(settings, opened, context)
+    plain = run.dense()
+    evaluation = run.measured(plain, "dense")
+    held_out, _ = _held_out(plain, run)
+    calibrated = run.measured(run.dense_calibrated(), "dense, calibrated")
     measures = {
         **_quality(evaluation, "dense_"),
         **_quality(calibrated, "dense_calibrated_"),
         **{f"dense_{name}": getattr(evaluation.cost, name) for name in ("parameters", "macs", "size_bytes")},
     }
-    notes = [*splits.info.notes, *done.warnings]
+    notes = [*opened.splits.info.notes, *run.warnings]
     return {"measures": measures, "held_out_accuracy": held_out.get("accuracy"), "notes": notes}
 
 
 def _control(
-    settings: CompressSettings, opened: ModelAndData, context: Context, method: Method, pruned: PruneResult
+    settings: CompressSettings, run: Compression, compressed: Compressed, context: Context
 ) -> dict[str, float | None]:
     """The dense model given the same fine-tuning and uncertainty: made once for all runs that share these."""
-
-    def make() -> dict[str, float | None]:
-        run = _Run(settings, opened, context)
-        dense = opened.checkpoint.model
-        beside = finetune(
-            _Bare(dense, pruned.origin), opened.splits, teacher=dense, method=method, training=settings.training,
-            progress=context.progress, stage="control", checkpoint=context.work / "control.pt",
-        )  # fmt: skip
-        return _quality(evaluate(
-            run.finished(beside, "the control"), opened.splits,
-            device=settings.training.device, progress=context.progress, stage="control",
-        ), "control_")  # fmt: skip
-
     key = {
         **of_dense(settings),
-        "uq": configuration(method),
+        "uq": configuration(run.method.as_prepared(compressed.networks[0].tuned.model)),
         "training": changed(settings.training),
     }
+
+    def make() -> dict[str, float | None]:
+        model, _ = run.control(compressed)
+        return _quality(run.measured(model, "control"), "control_")
+
     return context.shared.record("control", key, make)
 
 
@@ -209,8 +164,10 @@ def _quality(evaluation: Evaluation, prefix: str = "") -> dict[str, float | None
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 
-def _costs(evaluation: Evaluation, pruned: PruneResult, tuned: FinetuneResult) -> dict[str, float | None]:
-    cost, before, after = evaluation.cost, pruned.before, pruned.after
+def _costs(evaluation: Evaluation, compressed: Compressed) -> dict[str, float | None]:
+    """Shares are of one pass of one dense model; of the members of an ensemble, what one pass costs is the mean."""
+    cost, pruned = evaluation.cost, [network.pruned for network in compressed.networks]
+    before, pass_macs = pruned[0].before, mean(cut.after.macs for cut in pruned)
     assert cost.parameters is not None
     assert cost.macs is not None
     return {
@@ -218,11 +175,11 @@ def _costs(evaluation: Evaluation, pruned: PruneResult, tuned: FinetuneResult) -
         "parameters_share": cost.parameters / before.parameters,
         "macs": cost.macs,
         "macs_share": cost.macs / before.macs,
-        "pass_macs": after.macs,
-        "pass_macs_share": after.macs / before.macs,
+        "pass_macs": pass_macs,
+        "pass_macs_share": pass_macs / before.macs,
         "size_bytes": cost.size_bytes,
-        "sparsity_reached": pruned.sparsity,
-        "training_seconds": sum(epoch.seconds for epoch in (*pruned.history, *tuned.history)),
+        "sparsity_reached": mean(cut.sparsity for cut in pruned),
+        "training_seconds": compressed.seconds,
     }
 
 

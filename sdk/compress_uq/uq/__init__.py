@@ -3,6 +3,7 @@
 from compress_uq.registry import Entry, Registry
 from compress_uq.uq.base import Method, Trained
 from compress_uq.uq.dropout import DropoutNetwork, SampledDropout
+from compress_uq.uq.ensemble import Ensemble
 from compress_uq.uq.mc_dropout import DropoutPlan, MCDropout
 from compress_uq.uq.members import Members, Networks, SingleMember
 from compress_uq.uq.msp import MSP
@@ -13,6 +14,7 @@ __all__ = [
     "MSP",
     "DropoutNetwork",
     "DropoutPlan",
+    "Ensemble",
     "MCDropout",
     "Members",
     "Method",
@@ -28,4 +30,5 @@ METHODS: Registry[type[Method]] = Registry(
     "uncertainty method",
     Entry("msp", "one pass, maximum softmax probability", "Hendrycks 2017", MSP),
     Entry("mc-dropout", "several passes with parts dropped, the trunk shared", "Gal 2016, section 3", MCDropout),
+    Entry("ensemble", "several networks, trained and pruned apart", "Lakshminarayanan 2017", Ensemble),
 )

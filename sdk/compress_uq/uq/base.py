@@ -72,6 +72,29 @@ class Method(ABC):
         """How many networks are trained, each on its own."""
         return 1
 
+    @property
+    def perturbation(self) -> float:
+        """Of the scores that rank channels, where several networks are made of one dense model; see `prune`."""
+        return 0.0
+
+    def of_models(self, count: int) -> Method:
+        """The same, told how many dense models there are.
+
+        Raises:
+            UncertaintyError: several, and the method takes one.
+        """
+        if count != 1:
+            raise UncertaintyError(f"{self.name} takes one model, {count} were given: 'ensemble' takes several")
+        return self
+
+    def for_training(self) -> Method:
+        """The same for a dense model that is only trained, so that no bound on the cost of its answers holds."""
+        return self
+
+    def training_images(self, train: ImageDataset, seed: int) -> ImageDataset:
+        """The images that a network is trained on whose training has this seed."""
+        return train
+
     @abstractmethod
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
         """A copy of the model as it has to be fine-tuned."""
@@ -83,6 +106,10 @@ class Method(ABC):
     def as_prepared(self, model: nn.Module) -> Method:
         """The same method with every choice made as `prepare` made it for this model."""
         return self
+
+    def plain(self, prepared: nn.Module) -> nn.Module:
+        """The network without what `prepare` put into it."""
+        return prepared
 
     def observer(self, network: nn.Module) -> Observer | None:
         """What watches the weights of a prepared network while it trains; None for methods that watch nothing."""

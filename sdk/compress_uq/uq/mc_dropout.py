@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,6 +89,15 @@ class MCDropout(Method):
         """The same at exactly the sites of a prepared network, whatever they cost elsewhere."""
         assert isinstance(model, DropoutNetwork)
         return replace(self, at=tuple(site.module for site in model.sites))
+
+    def for_training(self) -> Method:
+        """The same without a bound on the cost: dropout at every site, as far as they are not named."""
+        return replace(self, sampling_budget=math.inf)
+
+    def plain(self, prepared: nn.Module) -> nn.Module:
+        """The network that dropout was put into."""
+        assert isinstance(prepared, DropoutNetwork)
+        return bare_copy(prepared.network)
 
     def fit(self, trained: Trained) -> Members:
         """T members of a network that `prepare` made, or of a plain one."""

@@ -18,7 +18,10 @@ from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning.graph.groups import CoupledLayer, Group
 from compress_uq.training import AfterBackward, Epoch, fit_network
 
-__all__ = ["Criterion", "Evidence", "OwnCriterion", "PerLayer", "check_reduction", "least_important", "reduce_layers"]
+__all__ = [
+    "Criterion", "Evidence", "OwnCriterion", "PerLayer", "check_reduction", "least_important", "perturbed",
+    "reduce_layers",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Evidence:
     """File that a training resumes from and writes after every epoch."""
     history: list[Epoch] = field(default_factory=list)
     """Every epoch that was trained on the way, added as it is done."""
+    perturbation: float = 0.0
+    """Noise on the scores that rank channels, in standard deviations of a group's scores."""
 
     def images(self, criterion: str, count: int, batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of training images (N, C, H, W) and labels (N,): `count` images of a random order fixed by the seed.
@@ -117,7 +122,8 @@ class Criterion(ABC):
                 f"criterion {self.name!r} does not decide how many channels go: give a sparsity or target"
             )
         chosen = []
-        for group, score, count in zip(groups, self.scores(groups, evidence), counts, strict=True):
+        scores = perturbed(self.scores(groups, evidence), evidence)
+        for group, score, count in zip(groups, scores, counts, strict=True):
             chosen.append(least_important(self.name, group, score, count))
         return chosen
 
@@ -166,6 +172,15 @@ class PerLayer(Criterion):
             )
             for group in groups
         ]
+
+
+def perturbed(scores: Sequence[Tensor], evidence: Evidence) -> list[Tensor]:
+    """Scores (channels,) of each group with Gaussian noise of the evidence's strength, drawn from its seed."""
+    if evidence.perturbation == 0:
+        return list(scores)
+    generator = torch.Generator().manual_seed(evidence.seed)
+    noise = [torch.randn(score.shape, generator=generator, dtype=torch.float64).to(score) for score in scores]
+    return [s + evidence.perturbation * s.std(unbiased=False) * n for s, n in zip(scores, noise, strict=True)]
 
 
 def check_reduction(reduction: str) -> None:
