@@ -26,11 +26,11 @@ class TrainingConfig:
     """Peak learning rate."""
     batch_size: int = 128
     optimizer: str = "sgd"
-    """`sgd` (Nesterov momentum 0.9) or `adam`."""
+    """`sgd` (Nesterov momentum 0.9), `adam` (AdamW: decay apart from the gradient) or `adam-l2` (within it)."""
     weight_decay: float = 5e-4
     lr_schedule: str = "auto"
-    """`one-cycle` (up for a quarter, then down), `cosine`, `constant`, `hold` (down to half, then held), or `auto`:
-    what the uncertainty method wants, one-cycle where it wants nothing."""
+    """`one-cycle` (up for a quarter, then down), `cosine`, `constant`, `hold` (down to half, then held), `step`
+    (tenfold down after each third), or `auto`: what the uncertainty method wants, one-cycle where it wants nothing."""
     augment: str = "auto"
     """A name of `compress-uq methods`, or `auto`: what suits the data set."""
     class_weights: str | tuple[float, ...] = "none"
@@ -53,8 +53,8 @@ class TrainingConfig:
         temperature = self.distillation_temperature
         _check("distillation_temperature", temperature, temperature > 0, "above 0")
         _check("workers", self.workers, self.workers >= 0, "0 or more")
-        _choice("optimizer", self.optimizer, ("sgd", "adam"))
-        _choice("lr_schedule", self.lr_schedule, ("auto", "one-cycle", "cosine", "constant", "hold"))
+        _choice("optimizer", self.optimizer, ("sgd", "adam", "adam-l2"))
+        _choice("lr_schedule", self.lr_schedule, ("auto", "one-cycle", "cosine", "constant", "hold", "step"))
         if isinstance(self.class_weights, str):
             _choice("class_weights", self.class_weights, ("none", "balanced"))
         elif any(not math.isfinite(w) or w < 0 for w in self.class_weights) or not any(self.class_weights):
