@@ -42,7 +42,9 @@ UnsafeLoad = Annotated[
 ]
 
 
-_REPEATED = frozenset({"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option"})
+_REPEATED = frozenset(
+    {"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option", "uq_option"}
+)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

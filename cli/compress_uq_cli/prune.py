@@ -44,6 +44,7 @@ def prune(
     ] = None,
     round_to: Annotated[int, typer.Option(help="Channels kept are a multiple of this.")] = 8,
     uq: Annotated[str, typer.Option(help="Uncertainty method; see `methods`.")] = "mc-dropout",
+    uq_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the method; repeatable.")] = None,
     samples: Annotated[int | None, typer.Option(help="Members per prediction, at least 1.")] = None,
     sampling_budget: Annotated[
         float | None, typer.Option(help="What all members may cost, as a share of one dense pass in MACs.")
@@ -88,7 +89,9 @@ def prune(
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
     method = _method(
-        uq, o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed)
+        uq,
+        o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed),
+        o.pairs(uq_option, "--uq-option"),
     )
     training = cuq.TrainingConfig(
         **o.given(
@@ -172,9 +175,9 @@ def show_card(report: dict[str, Any]) -> None:
         console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
-def _method(name: str, given: dict[str, Any]) -> Any:
+def _method(name: str, given: dict[str, Any], texts: dict[str, str]) -> Any:
     """A configured method; an option that it has no use for is named in a note."""
-    method, unused = cuq.configure_method(name, given)
+    method, unused = cuq.configure_method(name, given, texts)
     if unused:
         note(f"note: {name} has no use for {', '.join('--' + option.replace('_', '-') for option in unused)}")
     return method
@@ -209,6 +212,7 @@ def _show_plan(plan: cuq.pipeline.CompressionPlan, training: cuq.TrainingConfig,
     sites = described.get("sites")
     if isinstance(sites, Sequence):
         rows.append(["dropout after", ", ".join(str(site) for site in sites)])
+    if "share_of_dense_pass" in described:
         rows.append(["cost of a prediction", f"{described['share_of_dense_pass']:.2f} of one dense pass in MACs"])
     if plan.pruning_share is not None:
         share = plan.pruning_share

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from compress_uq.errors import InputError, UnknownNameError
 
@@ -87,17 +88,21 @@ def configured(kind: type[T], texts: Mapping[str, str]) -> T:
         InputError: a text that cannot be read.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, text in texts.items():
         if not defaults:
             raise InputError(f"{name}={text}: {getattr(kind, 'name', kind.__name__)} has no options")
         if name not in defaults:
             raise UnknownNameError(f"option of {getattr(kind, 'name', kind.__name__)}", name, defaults)
-        values[name] = _read(name, text, defaults[name])
+        values[name] = _read(name, text, defaults[name], hints[name])
     return kind(**values)
 
 
-def _read(name: str, text: str, default: Any) -> Any:
+def _read(name: str, text: str, default: Any, hint: Any) -> Any:
+    if not isinstance(default, int | float) and float in get_args(hint):  # a number, or a word in its place
+        with contextlib.suppress(ValueError):
+            return float(text)
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]
