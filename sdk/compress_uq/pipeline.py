@@ -29,7 +29,7 @@ from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, prune, pruning_share, resolve_criterion
 from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
 from compress_uq.search import Budget, SearchResult, search_sparsity
-from compress_uq.shrinking import epochs_while_pruning, prune_and_finetune
+from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
 from compress_uq.steps import (
     FinetuneResult,
@@ -104,7 +104,7 @@ def plan_compression(
     share = pruning_share(pruning)
     if share is not None and config.epochs == 0:
         raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
-    if method.watches and epochs_while_pruning(config.epochs, share) == config.epochs:
+    if method.watches and config.epochs <= (0 if share is None else 1):
         raise InputError(
             f"epochs={config.epochs}: {method.name} is made of what it sees in fine-tuning, and no epoch is left for it"
         )

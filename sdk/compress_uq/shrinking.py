@@ -14,12 +14,7 @@ from compress_uq.pruning import PruneResult, PruningOptions, prune, pruning_shar
 from compress_uq.steps import FinetuneResult, finetune
 from compress_uq.uq import Method
 
-__all__ = ["epochs_while_pruning", "prune_and_finetune"]
-
-
-def epochs_while_pruning(epochs: int, share: float | None) -> int:
-    """Of a run's epochs, those spent while channels go: a share, at least one; none where pruning does not train."""
-    return 0 if share is None else min(epochs, max(1, round(epochs * share)))
+__all__ = ["prune_and_finetune"]
 
 
 def prune_and_finetune(
@@ -46,7 +41,7 @@ def prune_and_finetune(
         InputError: whatever the two stages refuse.
     """
     share = pruning_share(pruning)
-    within = epochs_while_pruning(training.epochs, share)
+    within = 0 if share is None else min(training.epochs, max(1, round(training.epochs * share)))
     if share is not None or pruned is None:
         pruned = prune(
             dense, splits.example(), splits=splits, training=replace(training, epochs=within), augment=augment,

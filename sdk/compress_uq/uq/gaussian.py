@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from compress_uq.uq.drawn import (
 )
 from compress_uq.uq.members import Networks
 
-__all__ = ["GaussianPerturbation", "tempered_nll"]
+__all__ = ["GaussianPerturbation", "tempered_losses"]
 
-_DEFAULT_SCALE = 0.05
-_CANDIDATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
+_DEFAULT_SCALE = 0.1
+_CANDIDATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 _IMAGES = 1000
+_MEMBERS = 5
 _TEMPERATURES = np.geomspace(0.2, 5.0, 33)
 
 
@@ -38,9 +39,10 @@ class GaussianPerturbation(DrawnWeights):
     """Members are the network with Gaussian noise on its weights, no training needed (Franchi et al. 2020, baseline).
 
     The noise of a tensor has `scale` times the root mean square of its weights as standard deviation. `auto` takes the
-    scale of the lowest negative log-likelihood of the members' mean on up to 1,000 calibration images, each scale at
-    its own best temperature, since a calibrator follows; without calibration images it is 0.05. Scale 0 is the
-    network itself, as with one sample.
+    largest scale of those tried whose negative log-likelihood on up to 1,000 calibration images is within a standard
+    error of the best (Breiman et al. 1984, section 3.4.3), each scale at its own best temperature, since a calibrator
+    follows. The likelihood alone would take next to no noise, whose members are all alike. Without calibration images
+    `auto` is 0.1. Scale 0 is the network itself, as with one sample.
     """
 
     scale: float | str = "auto"
@@ -59,42 +61,53 @@ class GaussianPerturbation(DrawnWeights):
             return _around(network, self.scale), {"scale": self.scale}
         if trained.calibration is None or self.samples == 1:
             return _around(network, _DEFAULT_SCALE), {"scale": _DEFAULT_SCALE}
-        scores = {scale: self._score(network, trained, trained.calibration, scale) for scale in _CANDIDATES}
-        best = min(scores, key=scores.__getitem__)
-        return _around(network, best), {"scale": best, "nll": {str(scale): nll for scale, nll in scores.items()}}
+        chosen, scores = self._largest_harmless(network, trained, trained.calibration)
+        return _around(network, chosen), {"scale": chosen, "nll": scores}
 
-    def _score(self, network: nn.Module, trained: Trained, images: ImageDataset, scale: float) -> float:
+    def _largest_harmless(
+        self, network: nn.Module, trained: Trained, images: ImageDataset
+    ) -> tuple[float, dict[str, float]]:
+        """The last scale before the losses rise by more than their standard error, and the mean loss of each tried."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))  # type: ignore[arg-type]
         some = Subset(images, order[:_IMAGES].tolist())
-        tried = replace(self, scale=scale)
-        members = Networks(
-            draw_networks(
-                network,
-                _around(network, scale),
-                tried.samples,
-                seed=self.seed,
-                trained=trained,
-                norm_batches=self.norm_batches,
-            )
+        chosen, best, scores = _CANDIDATES[0], None, {}
+        for scale in _CANDIDATES:
+            losses = self._losses(network, trained, some, scale)
+            scores[str(scale)] = float(losses.mean())
+            if best is None or losses.mean() < best.mean():
+                best = losses
+            excess = losses - best
+            if excess.mean() > excess.std(correction=0) / math.sqrt(len(excess)):
+                break
+            chosen = scale
+        return chosen, scores
+
+    def _losses(self, network: nn.Module, trained: Trained, images: ImageDataset, scale: float) -> Tensor:
+        networks = draw_networks(
+            network,
+            _around(network, scale),
+            min(self.samples, _MEMBERS),
+            seed=self.seed,
+            trained=trained,
+            norm_batches=self.norm_batches,
         )
-        device = resolve_device(trained.device)
+        members, device = Networks(networks), resolve_device(trained.device)
         members.to(device)
-        (logits,), labels = collect(lambda batch: members(batch).transpose(0, 1), some, device=device)
-        return tempered_nll(torch.from_numpy(logits).transpose(0, 1), torch.from_numpy(labels))
+        (logits,), labels = collect(lambda batch: members(batch).transpose(0, 1), images, device=device)
+        return tempered_losses(torch.from_numpy(logits).transpose(0, 1), torch.from_numpy(labels))
 
 
-def tempered_nll(logits: Tensor, labels: Tensor) -> float:
-    """Negative log-likelihood, in nats, of the mean of members' probabilities at the temperature that suits it best.
+def tempered_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood (N,), in nats, of the members' mean probability at the temperature that suits it best.
 
     Args:
         logits: (T, N, K).
         labels: (N,) int64.
     """
-    best = math.inf
-    for temperature in _TEMPERATURES:
-        mean = (logits.double() / temperature).softmax(2).mean(0)
-        best = min(best, float(-mean[torch.arange(len(labels)), labels].clamp_min(1e-12).log().mean()))
-    return best
+    rows = torch.arange(len(labels))
+    tried = ((logits.double() / temperature).softmax(2).mean(0)[rows, labels] for temperature in _TEMPERATURES)
+    losses = torch.stack([-chosen.clamp_min(1e-12).log() for chosen in tried])
+    return losses[losses.mean(1).argmin()]
 
 
 def _around(network: nn.Module, scale: float) -> DiagonalGaussian:

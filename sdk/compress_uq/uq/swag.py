@@ -52,8 +52,13 @@ class SnapshotMoments(Observer):
         self._deviations = self._mean.new_zeros(0, len(self._mean))
 
     def after_step(self, done: int, total: int, lr: float) -> None:
-        """Take a snapshot where one is due."""
+        """Take a snapshot where one is due.
+
+        Raises:
+            UncertaintyError: there will be too few.
+        """
         span = math.ceil(total * self._share)
+        _refuse_few(span, self._rank)
         interval = max(1, span // self._snapshots)
         if total - done >= span or (total - done) % interval:
             return
@@ -79,6 +84,15 @@ class SnapshotMoments(Observer):
         """Go on from what was held."""
         self._mean, self._squares = state["mean"].clone(), state["squares"].clone()
         self._deviations, self._count = state["deviations"].clone(), int(state["snapshots"])
+
+
+def _refuse_few(snapshots: int, rank: int) -> None:
+    needed = max(2, rank)
+    if snapshots < needed:
+        raise UncertaintyError(
+            f"swag has {snapshots} steps to take snapshots of, rank {rank} needs {needed}: train for more epochs or with "
+            "a smaller batch, or take a lower rank (--uq-option rank=, or SWAG(rank=))"
+        )
 
 
 @dataclass(frozen=True)
@@ -121,12 +135,8 @@ class SWAG(DrawnWeights):
             UncertaintyError: too few snapshots for the rank.
         """
         observed = require_observed(self.name, trained, "mean", "squares", "deviations", "snapshots")
-        count, needed = int(observed["snapshots"]), max(2, self.rank)
-        if count < needed:
-            raise UncertaintyError(
-                f"swag took {count} snapshots, rank {self.rank} needs {needed}: train for more epochs or with a "
-                f"smaller batch, or take a lower rank"
-            )
+        count = int(observed["snapshots"])
+        _refuse_few(count, self.rank)
         deviations = observed["deviations"][-self.rank :] if self.rank else observed["deviations"][:0]
         return (
             SwagGaussian(observed["mean"], observed["squares"] / count, deviations, self.scale),
