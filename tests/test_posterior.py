@@ -154,6 +154,15 @@ def test_draws_have_the_tracked_mean_and_variance():
     assert (sample.var(0) / variance - 1).abs().max() < 5 * math.sqrt(2 / 4000)
 
 
+def test_a_start_at_zero_has_to_be_forgotten(small):
+    method = TRADI(start="zero", observation_noise=10.0)
+    result = cuq.finetune(network(), small, method=method, epochs=2)
+    with pytest.raises(UncertaintyError, match="still hold 100% of their start"):
+        cuq.fit_uncertainty(result, small)
+    result = cuq.finetune(network(), small, method=TRADI(samples=2, start="zero"), epochs=8, batch_size=32)
+    assert cuq.fit_uncertainty(result, small).members.found["start_left"] < 0.01
+
+
 # SWAG
 
 

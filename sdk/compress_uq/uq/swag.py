@@ -90,7 +90,7 @@ def _refuse_few(snapshots: int, rank: int) -> None:
     needed = max(2, rank)
     if snapshots < needed:
         raise UncertaintyError(
-            f"swag has {snapshots} steps to take snapshots of, rank {rank} needs {needed}: train for more epochs or with "
+            f"swag has {snapshots} steps to take snapshots of, rank {rank} needs {needed}: train for more epochs, with "
             "a smaller batch, or take a lower rank (--uq-option rank=, or SWAG(rank=))"
         )
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from compress_uq.errors import InputError, UnknownNameError
+from compress_uq.errors import InputError, UncertaintyError, UnknownNameError
 from compress_uq.stages import Origin
 from compress_uq.training import Observer
 from compress_uq.uq.base import Trained
@@ -29,6 +29,7 @@ _MEAN_NOISE = 1e-4
 _VARIANCE_NOISE = 5e-5
 _OBSERVATION_NOISE = 10.0
 _SHARE_REMEMBERED = 0.1
+_START_LEFT = 0.01
 _STARTS = ("weights", "zero")
 
 
@@ -117,6 +118,7 @@ class TRADI(DrawnWeights):
 
     name = "tradi"
     watches: ClassVar[bool] = True
+    lr_schedule: ClassVar[str] = "hold"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,9 +132,19 @@ class TRADI(DrawnWeights):
         return WeightTracker(network, repr(self), self.start, self.observation_noise)
 
     def distribution(self, network: nn.Module, trained: Trained) -> tuple[WeightDistribution, dict[str, object]]:
-        """The tracked Gaussians."""
+        """The tracked Gaussians.
+
+        Raises:
+            UncertaintyError: a start at 0 that is not forgotten.
+        """
         observed = require_observed(self.name, trained, "mean", "variance", "scalars")
-        return DiagonalGaussian(observed["mean"], observed["variance"]), {"start_left": float(observed["scalars"][2])}
+        left = float(observed["scalars"][2])
+        if self.start == "zero" and left > _START_LEFT:
+            raise UncertaintyError(
+                f"tradi's means still hold {left:.0%} of their start at 0: train for more epochs, in smaller batches "
+                "or with start='weights'"
+            )
+        return DiagonalGaussian(observed["mean"], observed["variance"]), {"start_left": left}
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Members and cost."""
