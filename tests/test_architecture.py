@@ -19,7 +19,7 @@ LAYERS = [
     {"_version", "errors", "types", "progress"},
     {"registry", "storage", "runtime"},
     {"fitted"},
-    {"config", "cost", "models", "metrics"},
+    {"batch_norm", "config", "cost", "models", "metrics"},
     {"data"},
     {"stages", "predict", "training"},
     {"pruning", "uq", "calibration", "scores", "decisions"},

@@ -51,9 +51,11 @@ def test_methods_are_trained_and_measured(tmp_path):
 
 
 def test_a_network_that_a_method_only_looks_at_is_trained_once(tmp_path):
-    extra = "\n[[grid]]\nuq = [\"msp\"]\nseed = [0]\ncalibration = [\"none\", \"temperature\"]\n"
+    extra = '\n[[grid]]\nuq = ["msp"]\nseed = [0]\ncalibration = ["none", "temperature"]\n'
     path = tmp_path / "s.toml"
-    path.write_text(STUDY.replace("UQ", '["msp"]').replace("seed = [0]", 'seed = [0]\nscore = ["confidence", "entropy"]'))
+    path.write_text(
+        STUDY.replace("UQ", '["msp"]').replace("seed = [0]", 'seed = [0]\nscore = ["confidence", "entropy"]')
+    )
     try:
         cuq.run_study(cuq.read_study(path), tmp_path / "out")
     except cuq.InputError:

@@ -29,6 +29,7 @@ Ood = Annotated[
     list[str] | None, typer.Option(help="An out-of-distribution set: a name or a folder of images; repeatable.")
 ]
 Dropout = Annotated[float | None, typer.Option(help="Dropout rate, above 0 and below 1.")]
+UqOption = Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the method; repeatable.")]
 DropoutAt = Annotated[str | None, typer.Option(help="auto, or modules to drop after: names or patterns.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training, 0 or more.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
@@ -45,7 +46,9 @@ UnsafeLoad = Annotated[
 ]
 
 
-_REPEATED = frozenset({"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option"})
+_REPEATED = frozenset(
+    {"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option", "uq_option"}
+)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -130,9 +133,9 @@ def arch_options(pairs: list[str] | None) -> dict[str, Any]:
     return options
 
 
-def method(name: str, given: dict[str, Any]) -> Any:
+def method(name: str, given: dict[str, Any], texts: dict[str, str]) -> Any:
     """A configured uncertainty method; an option that it has no use for is named in a note."""
-    configured, unused = cuq.configure_method(name, given)
+    configured, unused = cuq.configure_method(name, given, texts)
     if unused:
         note(f"note: {name} has no use for {', '.join('--' + option.replace('_', '-') for option in unused)}")
     return configured

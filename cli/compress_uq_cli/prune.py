@@ -44,6 +44,7 @@ def prune(
     ] = None,
     round_to: Annotated[int, typer.Option(help="Channels kept are a multiple of this.")] = 8,
     uq: Annotated[str, typer.Option(help="Uncertainty method; see `methods`.")] = "mc-dropout",
+    uq_option: o.UqOption = None,
     samples: Annotated[
         int | None, typer.Option(help="Members per prediction, at least 1; of an ensemble at least 2.")
     ] = None,
@@ -90,7 +91,9 @@ def prune(
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
     method = o.method(
-        uq, o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed)
+        uq,
+        o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed),
+        o.pairs(uq_option, "--uq-option"),
     )
     training = cuq.TrainingConfig(
         **o.given(

@@ -24,6 +24,7 @@ def train(
     out: Annotated[Path, typer.Option(help="The checkpoint to write, such as model.pt.")],
     arch_option: o.ArchOption = None,
     uq: Annotated[str, typer.Option(help="Train with this uncertainty method in place; see `methods`.")] = "msp",
+    uq_option: o.UqOption = None,
     samples: Annotated[int | None, typer.Option(help="Models of an ensemble, at least 2.")] = None,
     dropout: o.Dropout = None,
     dropout_at: o.DropoutAt = None,
@@ -48,7 +49,11 @@ def train(
         raise cuq.InputError(f"{out} exists: pass --overwrite to replace it, or another --out")
     if not out.parent.is_dir():
         raise cuq.InputError(f"--out {out}: the folder {out.parent} is not there")
-    method = o.method(uq, o.given(samples=samples, dropout=dropout, dropout_at=dropout_at, seed=seed))
+    method = o.method(
+        uq,
+        o.given(samples=samples, dropout=dropout, dropout_at=dropout_at, seed=seed),
+        o.pairs(uq_option, "--uq-option"),
+    )
     training = cuq.TrainingConfig(
         **o.given(
             epochs=epochs,

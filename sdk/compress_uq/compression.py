@@ -88,8 +88,9 @@ class Compression:
             training=self.training, augment=self.augment, progress=self.progress, work_dir=self.work_dir,
         )  # fmt: skip
         done = finish(
-            tuned, self.splits, self._alike(compressed), name="control", device=self.training.device, progress=self.progress
-        )
+            tuned, self.splits, self._alike(compressed), name="control", device=self.training.device,
+            progress=self.progress,
+        )  # fmt: skip
         return self._noted(done), seconds_of(*tuned)
 
     def _alike(self, compressed: Compressed | None) -> AnswerConfig:

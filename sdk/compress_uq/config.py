@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from compress_uq.errors import InputError, UnknownNameError
 
@@ -26,11 +27,11 @@ class TrainingConfig:
     """Peak learning rate."""
     batch_size: int = 128
     optimizer: str = "sgd"
-    """`sgd` (Nesterov momentum 0.9) or `adam`."""
+    """`sgd` (Nesterov momentum 0.9), `adam` (AdamW: decay apart from the gradient) or `adam-l2` (within it)."""
     weight_decay: float = 5e-4
     lr_schedule: str = "auto"
-    """`one-cycle` (up for a quarter, then down), `cosine`, `constant`, `hold` (down to half, then held), or `auto`:
-    what the uncertainty method wants, one-cycle where it wants nothing."""
+    """`one-cycle` (up for a quarter, then down), `cosine`, `constant`, `hold` (down to half, then held), `step`
+    (tenfold down after each third), or `auto`: what the uncertainty method wants, one-cycle where it wants nothing."""
     augment: str = "auto"
     """A name of `compress-uq methods`, or `auto`: what suits the data set."""
     class_weights: str | tuple[float, ...] = "none"
@@ -53,8 +54,8 @@ class TrainingConfig:
         temperature = self.distillation_temperature
         _check("distillation_temperature", temperature, temperature > 0, "above 0")
         _check("workers", self.workers, self.workers >= 0, "0 or more")
-        _choice("optimizer", self.optimizer, ("sgd", "adam"))
-        _choice("lr_schedule", self.lr_schedule, ("auto", "one-cycle", "cosine", "constant", "hold"))
+        _choice("optimizer", self.optimizer, ("sgd", "adam", "adam-l2"))
+        _choice("lr_schedule", self.lr_schedule, ("auto", "one-cycle", "cosine", "constant", "hold", "step"))
         if isinstance(self.class_weights, str):
             _choice("class_weights", self.class_weights, ("none", "balanced"))
         elif any(not math.isfinite(w) or w < 0 for w in self.class_weights) or not any(self.class_weights):
@@ -87,17 +88,21 @@ def configured(kind: type[T], texts: Mapping[str, str]) -> T:
         InputError: a text that cannot be read.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, text in texts.items():
         if not defaults:
             raise InputError(f"{name}={text}: {getattr(kind, 'name', kind.__name__)} has no options")
         if name not in defaults:
             raise UnknownNameError(f"option of {getattr(kind, 'name', kind.__name__)}", name, defaults)
-        values[name] = _read(name, text, defaults[name])
+        values[name] = _read(name, text, defaults[name], hints[name])
     return kind(**values)
 
 
-def _read(name: str, text: str, default: Any) -> Any:
+def _read(name: str, text: str, default: Any, hint: Any) -> Any:
+    if not isinstance(default, int | float) and float in get_args(hint):  # a number, or a word in its place
+        with contextlib.suppress(ValueError):
+            return float(text)
     try:
         if isinstance(default, bool):
             return {"true": True, "false": False}[text.lower()]

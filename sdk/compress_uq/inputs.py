@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from compress_uq._version import __version__
-from compress_uq.config import TrainingConfig
+from compress_uq.config import TrainingConfig, configured
 from compress_uq.data import Splits, hold_out, labels_of, load_splits
 from compress_uq.errors import InputError
 from compress_uq.models import Architecture, Checkpoint, DataRecord, load_model, open_model_file, save_model
@@ -85,11 +85,17 @@ def open_model_and_data(
     return ModelAndData(checkpoint, splits)
 
 
-def configure_method(name: str, options: Mapping[str, Any]) -> tuple[Method, tuple[str, ...]]:
+def configure_method(
+    name: str, options: Mapping[str, Any], texts: Mapping[str, str] | None = None
+) -> tuple[Method, tuple[str, ...]]:
     """A method from the options that were given, as the command line names them, and those that it has no use for.
 
+    Args:
+        options: by the command line's names.
+        texts: further fields of this method, each as text.
+
     Raises:
-        UnknownNameError: no such method.
+        UnknownNameError: no such method, or a text for a field that it does not have.
         InputError: a value that cannot be.
     """
     kind = METHODS[name]
@@ -99,7 +105,7 @@ def configure_method(name: str, options: Mapping[str, Any]) -> tuple[Method, tup
     values = {field: value for field, value in values.items() if field in known}
     if isinstance(values.get("at"), str) and values["at"] != "auto":
         values["at"] = tuple(values["at"].split(","))
-    return kind(**values), unused
+    return replace(configured(kind, texts or {}), **values), unused
 
 
 def initial_model(path: str | os.PathLike[str] | None, checkpoint: Checkpoint, schedule: Schedule) -> nn.Module | None:

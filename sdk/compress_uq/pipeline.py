@@ -107,6 +107,10 @@ def plan_compression(
     share = pruning_share(pruning)
     if share is not None and config.epochs == 0:
         raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
+    if method.watches and config.epochs <= (0 if share is None else 1):
+        raise InputError(
+            f"epochs={config.epochs}: {method.name} is made of what it sees in fine-tuning, and no epoch is left for it"
+        )
     # Where pruning trains, another criterion and a single step give the same sizes at once.
     outline: PruningOptions = pruning if share is None else {**pruning, **_outline(pruning)}
     networks = prune_networks(models, splits, pruning=outline, method=method, training=config, progress=progress)

@@ -126,6 +126,8 @@ def finetune(
     config, augment = training_config(training, options)
     if augment == "auto":
         augment = splits.info.augment
+    if config.epochs == 0 and chosen is not None and chosen.watches:
+        raise UncertaintyError(f"epochs=0: {chosen.name} is made of what it sees in training; give it 1 epoch or more")
     if config.epochs == 0:
         return FinetuneResult(network.eval(), (), None, chosen, origin)
     if config.lr_schedule == "auto" and chosen is not None:

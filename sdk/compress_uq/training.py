@@ -36,6 +36,9 @@ AfterBackward = Callable[[int, int], None]
 class Observer(Protocol):
     """Watches a training's weights; its state is saved with the training's, so that both go on together."""
 
+    configuration: str
+    """All that its state depends on besides the training: a training goes on from the same alone."""
+
     def after_step(self, done: int, total: int, lr: float) -> None:
         """Called after each of the optimiser's `total` steps, `done` of them made, gradients still in place."""
 
@@ -135,7 +138,7 @@ def fit_network(
     schedule = _SCHEDULES[config.lr_schedule](optimizer, config, steps * config.epochs)
     loss_of = _Loss(config, _class_weights(config, train, device), teacher)
     history: list[Epoch] = []
-    signature = _signature(config, model, teacher)
+    signature = _signature(config, model, teacher, observer)
     saved = _Resumable(checkpoint, signature, model, optimizer, schedule, generator, history, observer)
     saved.restore()
     with _flushed_denormals():
@@ -270,9 +273,11 @@ class _Resumable:
             self._observer.load_state_dict(state["observed"])
 
 
-def _signature(config: TrainingConfig, model: nn.Module, teacher: nn.Module | None) -> str:
-    """What has to be the same for a training to be taken up again: configuration, first weights, and the teacher."""
+def _signature(config: TrainingConfig, model: nn.Module, teacher: nn.Module | None, observer: Observer | None) -> str:
+    """What has to be the same for a training to be taken up again: configuration, first weights, teacher, observer."""
     digest = hashlib.sha256(repr(config).encode())
+    if observer is not None:
+        digest.update(observer.configuration.encode())
     for module in (model, teacher):
         for name, value in ({} if module is None else module.state_dict()).items():
             digest.update(name.encode())
@@ -313,6 +318,10 @@ def _adam(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim
     return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, foreach=True)
 
 
+def _adam_l2(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, foreach=True)
+
+
 def _one_cycle(optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int) -> Any:
     # A cycle over no more than two steps has no rising part.
     return torch.optim.lr_scheduler.OneCycleLR(
@@ -336,9 +345,15 @@ def _constant(optimizer: torch.optim.Optimizer, _config: TrainingConfig, _steps:
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
+def _step(optimizer: torch.optim.Optimizer, _config: TrainingConfig, steps: int) -> Any:
+    """Tenfold down after each third."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, max(1, math.ceil(steps / 3)), gamma=0.1)
+
+
 _OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], TrainingConfig], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adam": _adam,
+    "adam-l2": _adam_l2,
 }
 _SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, TrainingConfig, int], Any]] = {
     "auto": _one_cycle,
@@ -346,4 +361,5 @@ _SCHEDULES: dict[str, Callable[[torch.optim.Optimizer, TrainingConfig, int], Any
     "cosine": _cosine,
     "constant": _constant,
     "hold": _hold,
+    "step": _step,
 }

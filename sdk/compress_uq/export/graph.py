@@ -108,6 +108,7 @@ def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
         "input": {"shape": origin.input_shape, "mean": origin.mean, "std": origin.std, "layout": "NCHW float32"},
         "method": method.name,
         "method_options": vars(method),
+        "method_found": dict(model.members.found),
         "samples": model.members.count,
         "sampling": model.members.sampling,
         "calibration": model.calibrator.name,

@@ -75,11 +75,13 @@ class CompressSettings:
 def _method_options() -> dict[str, Any]:
     """Type hints of the options of all methods, under the command line's names."""
     names = {"p": "dropout", "at": "dropout_at"}
-    return {
-        names.get(field.name, field.name): get_type_hints(entry.value)[field.name]
-        for entry in METHODS
-        for field in fields(entry.value)
-    }
+    found: dict[str, Any] = {}
+    for entry in METHODS:
+        hints = get_type_hints(entry.value)
+        for field in fields(entry.value):
+            name, hint = names.get(field.name, field.name), hints[field.name]
+            found[name] = found[name] | hint if name in found else hint
+    return found
 
 
 # Where a name is a training's and pruning's, it is pruning's, as on the command line.

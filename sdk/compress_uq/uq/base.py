@@ -66,6 +66,8 @@ class Method(ABC):
     name: ClassVar[str]
     lr_schedule: ClassVar[str] = "one-cycle"
     """How the learning rate runs where the caller leaves it to the method."""
+    watches: ClassVar[bool] = False
+    """Whether it has an observer, so that it needs a training of its own."""
 
     @property
     def networks(self) -> int:

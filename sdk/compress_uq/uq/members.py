@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ class Members(nn.Module, ABC):
     """`fixed`, `seeded` or `random`."""
     head: str | None = None
     """The classifier's module, the same in every network; what enters it are the features."""
+    found: Mapping[str, object] = MappingProxyType({})
+    """What `Method.fit` chose or found on the way; plain values."""
 
     @property
     @abstractmethod
@@ -56,7 +59,7 @@ class Members(nn.Module, ABC):
 
     def structure(self) -> dict[str, Any]:
         """What `Method.restore` needs besides the networks and the tensors; plain values."""
-        return {"members": self.count, "head": self.head}
+        return {"members": self.count, "head": self.head, "found": dict(self.found)}
 
     def with_sampling(self, sampling: str) -> Members:
         """A copy that samples in another mode.
@@ -93,9 +96,11 @@ class SingleMember(Members):
 class Networks(Members):
     """Several networks, each a member."""
 
-    def __init__(self, networks: Sequence[nn.Module], head: str | None = None) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module], head: str | None = None, found: Mapping[str, object] | None = None
+    ) -> None:
         super().__init__()
-        self.count, self.head = len(networks), head
+        self.count, self.head, self.found = len(networks), head, dict(found or {})
         self.several = nn.ModuleList(bare_copy(network).eval().requires_grad_(False) for network in networks)
         if head is not None:
             for network in self.several:
