@@ -50,6 +50,12 @@ def prune(
     ] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout rate, above 0 and below 1.")] = None,
     dropout_at: Annotated[str | None, typer.Option(help="auto, or modules to drop after: names or patterns.")] = None,
+    dropout_kind: Annotated[
+        str | None, typer.Option(help="What is dropped: auto, channel, element, filter or connection.")
+    ] = None,
+    mask_scale: Annotated[
+        float | None, typer.Option(help="For mask-ensemble: above 1; the larger, the less the masks overlap.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="Calibrator; see `methods`.")] = "temperature",
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
@@ -88,7 +94,16 @@ def prune(
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
     method = _method(
-        uq, o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed)
+        uq,
+        o.given(
+            samples=samples,
+            sampling_budget=sampling_budget,
+            dropout=dropout,
+            dropout_at=dropout_at,
+            dropout_kind=dropout_kind,
+            mask_scale=mask_scale,
+            seed=seed,
+        ),
     )
     training = cuq.TrainingConfig(
         **o.given(

@@ -235,6 +235,7 @@ def compress(
         control=control_evaluation,
         recipe=recipe,
         warnings=tuple(dict.fromkeys(warnings)),
+        fidelity=_fidelity(uncertain),
     )
     return Bundle.build(uncertain, dense, card, content, architecture, splits.info.fingerprint)
 
@@ -385,7 +386,27 @@ def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -
             "the uncertainty ranks errors worse than a random order: "
             f"AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}"
         )
+    return found + _worse_than_random(evaluation)
+
+
+def _worse_than_random(evaluation: Evaluation) -> list[str]:
+    """Scores that would rank better the other way round."""
+    found = []
+    right = evaluation.metrics["error_auroc"].value
+    if right < 0.5:
+        found.append(f"the uncertainty tells errors from right answers worse than chance: error_auroc {right:.4f}")
+    for name, figures in evaluation.ood.items():
+        value = figures["auroc"].value
+        if value < 0.5:
+            found.append(
+                f"the OOD score ranks {name} worse than chance, AUROC {value:.4f}: its images pass for in-distribution"
+            )
     return found
+
+
+def _fidelity(model: UncertainModel) -> dict[str, float] | None:
+    known = model.members.fidelity
+    return None if known is None else {"samples": model.members.count, **asdict(known)}
 
 
 def _two_shares(right: int, count: int, other_right: int, other_count: int) -> float:

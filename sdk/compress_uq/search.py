@@ -147,7 +147,9 @@ def search_sparsity(
             # So small a share leaves every layer whole: there is nothing between it and the sizes that were tried.
             reason = f" ({error})"
             break
-        after, _ = _measures(fit_uncertainty(tuned, splits), splits, calibration, config, progress)
+        after, _ = _measures(
+            fit_uncertainty(tuned, splits, device=config.device), splits, calibration, config, progress
+        )
         after["accuracy_drop"] = before["accuracy"] - after.pop("accuracy")
         measured = {name: after[name] for name in MEASURES}
         holds = all(measured[budget.measure] <= budget.limit for budget in wanted)

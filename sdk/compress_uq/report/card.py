@@ -25,6 +25,8 @@ CONVENTIONS = {
     "intervals": "95 % percentile bootstrap over images, 500 resamples, widened to hold the figure; per class: Wilson",
     "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
+    "samples": "fixed masks, of several draws the one whose mutual information and mean probabilities are nearest to those "
+    "of many more, on calibration images without their labels",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
 }
 
@@ -75,6 +77,8 @@ class ReportCard:
     control: Evaluation | None
     recipe: Mapping[str, Any]
     warnings: Sequence[str]
+    fidelity: Mapping[str, float] | None = None
+    """How far the compressed model's fixed members are from many, where that was measured."""
 
     @property
     def columns(self) -> dict[str, Evaluation]:
@@ -87,6 +91,7 @@ class ReportCard:
         return {
             "format_version": FORMAT_VERSION,
             **{name: None if getattr(self, name) is None else getattr(self, name).to_json() for name in COLUMNS},
+            "fidelity": None if self.fidelity is None else dict(self.fidelity),
             "recipe": dict(self.recipe),
             "conventions": CONVENTIONS,
             "warnings": list(self.warnings),
@@ -118,6 +123,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     sets = list(report["dense"]["ood"])
     rows += [(f"OOD AUROC {s}", {c: _figure(report[c]["ood"][s]["auroc"]) for c in present}) for s in sets]
     rows += [(f"OOD FPR95 {s}", {c: _figure(report[c]["ood"][s]["fpr95"]) for c in present}) for s in sets]
+    rows += _fidelity_rows(report)
     rows.append(("parameters", {c: _count(report[c]["cost"]["parameters"]) for c in present}))
     rows.append(("MACs", {c: _count(report[c]["cost"]["macs"]) for c in present}))
     rows.append(("bytes", {c: _count(report[c]["cost"]["size_bytes"]) for c in present}))
@@ -128,6 +134,18 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         rows.append((f"ms, batch {batch}", texts))
     rows.append(("training s", {c: _count(report[c]["cost"]["training_seconds"]) for c in present}))
     return rows
+
+
+def _fidelity_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """How far the fixed samples are from many; `report` may be older than the measurement."""
+    known = report.get("fidelity")
+    if known is None:
+        return []
+    pair = f"{known['samples']} and {known['reference']} samples"
+    figures = {f"Spearman of MI, {pair}": known["spearman"], f"mean |dp|, {pair}": known["difference"]}
+    present = [name for name in COLUMNS if report[name] is not None]
+    members = ("compressed", "onnx")
+    return [(n, {c: f"{v:.4f}" if c in members else "" for c in present}) for n, v in figures.items()]
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 from compress_uq.registry import Entry, Registry
 from compress_uq.uq.base import Method, Trained
-from compress_uq.uq.dropout import DropoutNetwork, SampledDropout
+from compress_uq.uq.dropout import SampledDropout
+from compress_uq.uq.dropout_training import DropoutNetwork
 from compress_uq.uq.mc_dropout import DropoutPlan, MCDropout
-from compress_uq.uq.members import Members, Networks, SingleMember
+from compress_uq.uq.members import Fidelity, Members, Networks, SingleMember
 from compress_uq.uq.msp import MSP
 from compress_uq.uq.sites import Site, find_sites
 
@@ -13,6 +14,7 @@ __all__ = [
     "MSP",
     "DropoutNetwork",
     "DropoutPlan",
+    "Fidelity",
     "MCDropout",
     "Members",
     "Method",

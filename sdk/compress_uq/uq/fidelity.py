@@ -1,0 +1,145 @@
+"""Which of several draws of T masks stands best for many masks, on images whose labels nobody looks at.
+
+Fixed masks are the same for every image, so that an unlucky draw is unlucky everywhere. The answers of all draws and of
+a reference of 200 masks or more are computed together: what comes before the members part runs once per image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from compress_uq.cost import on_device
+from compress_uq.data import ImageDataset
+from compress_uq.predict import collect
+from compress_uq.uq.dropout import SampledDropout, draw_masks, sampled_macs
+from compress_uq.uq.members import Fidelity
+from compress_uq.uq.sites import Site
+
+__all__ = ["choose_masks"]
+
+REFERENCE = 200
+"""Members that the draws are compared with, rounded up to whole draws of their own."""
+
+_MOST_IMAGES, _FEWEST_IMAGES = 500, 50
+_MACS = 2e12
+"""What the comparison may cost: a minute or two of a CPU core, if that leaves the fewest images."""
+_MASK_BYTES = 128_000_000
+_MEMBER_IMAGES = 2048
+"""Images times members in one batch."""
+_REFERENCE_SEED = 7_919
+_STEP = 104_729
+
+
+def choose_masks(
+    network: nn.Module,
+    sites: Sequence[Site],
+    members: int,
+    images: ImageDataset,
+    *,
+    fold: str | None,
+    example: Tensor,
+    draws: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> tuple[list[Tensor], Fidelity | None]:
+    """The masks (T, *shape) per site of the best draw, and how well they and the median draw do.
+
+    The best has the highest rank correlation of mutual information with the reference among the draws whose mean
+    probabilities are no farther from the reference's than the median draw's. With one member, or fewer than 50 images,
+    it is the first draw and nothing is measured.
+
+    Args:
+        network: the classifier, in eval.
+        sites, members, fold: as `SampledDropout` takes them.
+        images: (image, label); a part of them, drawn from the seed, is looked at.
+        example: images (1, C, H, W) to count costs with.
+        draws: sets of masks to choose from; the first is what `seed` alone would give.
+        seed: draws everything.
+    """
+    first = draw_masks(sites, members, seed)
+    of_reference = math.ceil(REFERENCE / members)
+    seeds = [seed + _STEP * n for n in range(draws)]
+    seeds += [seed + _STEP * n + _REFERENCE_SEED for n in range(of_reference)]
+    trunk, tail = sampled_macs(network, sites, fold, example)
+    affordable = int(_MACS / max(1, trunk + len(seeds) * members * tail))
+    available = len(images)  # type: ignore[arg-type]
+    if members == 1 or available < _FEWEST_IMAGES:
+        return first, None
+    count = min(available, max(_FEWEST_IMAGES, min(_MOST_IMAGES, affordable)))
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    means, expected = _answers(network, sites, members, Subset(images, chosen.tolist()), fold, seeds, device)
+    reference = means[draws:].mean(0), expected[draws:].mean(0)
+    wanted = _mutual_information(*reference)
+    information = [_mutual_information(means[n], expected[n]) for n in range(draws)]
+    correlations = np.array([_spearman(each, wanted) for each in information])
+    differences = np.abs(means[:draws] - reference[0]).mean((1, 2))
+    near = differences <= np.median(differences)
+    kept = int(np.argmax(np.where(near, correlations, -2.0)))
+    return draw_masks(sites, members, seeds[kept]), Fidelity(
+        draws=draws,
+        kept=kept,
+        images=count,
+        reference=of_reference * members,
+        spearman=float(correlations[kept]),
+        spearman_median=float(np.median(correlations)),
+        difference=float(differences[kept]),
+        difference_median=float(np.median(differences)),
+    )
+
+
+def _answers(
+    network: nn.Module,
+    sites: Sequence[Site],
+    members: int,
+    images: ImageDataset,
+    fold: str | None,
+    seeds: Sequence[int],
+    device: torch.device | str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean probabilities (D, N, K) and mean entropies of the members (D, N) of each draw, float64."""
+    of_one = sum(4 * members * math.prod(site.shape) for site in sites)
+    together = max(1, min(len(seeds), _MASK_BYTES // of_one))
+    parts = []
+    for start in range(0, len(seeds), together):
+        drawn = [draw_masks(sites, members, seed) for seed in seeds[start : start + together]]
+        masks = [torch.cat(of_site) for of_site in zip(*drawn, strict=True)]
+        sampled = SampledDropout(network, sites, len(masks[0]), fold=fold, masks=masks)
+        with on_device(sampled, device):
+            (means, expected), _ = collect(
+                lambda batch, sampled=sampled: _summary(sampled(batch), sampled.count // members),
+                images,
+                device=device,
+                batch_size=max(1, _MEMBER_IMAGES // sampled.count),
+            )
+        parts.append((means, expected))
+    means, expected = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+    return means.transpose(1, 0, 2), expected.transpose(1, 0)
+
+
+def _summary(logits: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """Of logits (D * T, N, K): mean probabilities (N, D, K) and mean entropies (N, D)."""
+    logs = torch.log_softmax(logits.double(), 2).unflatten(0, (draws, -1))
+    probabilities = logs.exp()
+    entropies = -(probabilities * logs.clamp_min(-80.0)).sum(3)
+    return probabilities.mean(1).transpose(0, 1), entropies.mean(1).transpose(0, 1)
+
+
+def _mutual_information(mean: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """(N,) from mean probabilities (N, K) and mean entropies (N,)."""
+    entropy: np.ndarray = -(mean * np.log(np.maximum(mean, 1e-30))).sum(1)
+    return entropy - expected
+
+
+def _spearman(values: np.ndarray, others: np.ndarray) -> float:
+    """Rank correlation, ties averaged; 0 where one of the two is constant."""
+    a, b = rankdata(values), rankdata(others)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
