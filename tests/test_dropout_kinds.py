@@ -28,6 +28,7 @@ ORIGIN = Origin(SHAPE, Cost(1, 10**12, 1), ("a", "b", "c", "d"), (0.5,), (0.25,)
 
 
 def cnn() -> nn.Module:
+    torch.manual_seed(0)
     options = {"widths": [16, 16]}
     model = randomise(cuq.build_model("compress-uq:cnn", num_classes=4, input_shape=SHAPE, options=options))
     model[-1].weight.data *= 5

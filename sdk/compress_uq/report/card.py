@@ -25,8 +25,7 @@ CONVENTIONS = {
     "intervals": "95 % percentile bootstrap over images, 500 resamples, widened to hold the figure; per class: Wilson",
     "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
-    "samples": "fixed masks, of several draws the one whose mutual information and mean probabilities are nearest to those "
-    "of many more, on calibration images without their labels",
+    "samples": "fixed masks: of several draws the one that ranks calibration images, labels unseen, as many more do",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
 }
 
