@@ -17,7 +17,7 @@ from compress_uq.runtime import OnnxPredictor
 from compress_uq.stages import Origin
 from compress_uq.types import OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel, summarise
-from compress_uq.uq import DropoutNetwork, MCDropout, Trained, find_sites
+from compress_uq.uq import MCDropout, Trained, find_sites
 from compress_uq.uq.connections import grouped_layer
 from compress_uq.uq.dropout import draw_masks
 from small_models import PRUNABLE, InnerDropout, own, randomise, torchvision
@@ -284,4 +284,3 @@ def test_what_was_measured_of_the_masks_is_saved_and_shown(tmp_path, splits, den
     assert "Spearman of MI, 6 and 204 samples" in (tmp_path / "b" / "report.md").read_text()
     images = torch.stack([splits.test[n][0] for n in range(5)])
     assert torch.equal(loaded.model(images).probabilities, bundle.model(images).probabilities)
-    assert isinstance(MCDropout(kind="filter").prepare(dense.model, bundle.origin), DropoutNetwork)

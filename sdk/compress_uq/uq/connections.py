@@ -24,8 +24,9 @@ def grouped_layer(layer: nn.Module, inputs: Tensor, weights: Tensor) -> Tensor:
     groups = len(weights)
     rows = inputs.unflatten(0, (groups, -1))
     products = torch.matmul(rows.flatten(1, -2), weights.transpose(1, 2))
-    outputs = products.reshape(*inputs.shape[:-1], weights.shape[1])
-    return outputs if layer.bias is None else outputs + layer.bias  # type: ignore[operator]
+    outputs: Tensor = products.reshape(*inputs.shape[:-1], weights.shape[1])
+    bias = layer.bias
+    return outputs if not isinstance(bias, Tensor) else outputs.add(bias)
 
 
 def _convolution(layer: nn.Conv2d, inputs: Tensor, weights: Tensor) -> Tensor:
@@ -35,4 +36,5 @@ def _convolution(layer: nn.Conv2d, inputs: Tensor, weights: Tensor) -> Tensor:
     outputs = F.conv2d(
         side_by_side, weights.flatten(0, 1), bias, layer.stride, layer.padding, layer.dilation, groups * layer.groups
     )
-    return outputs.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+    by_group: Tensor = outputs.unflatten(1, (groups, -1))
+    return by_group.transpose(0, 1).flatten(0, 1)

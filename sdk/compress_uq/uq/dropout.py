@@ -78,7 +78,7 @@ class _Masked(nn.Module):
         if self.site.of_weights:
             replace_forward(module, _WeightsHook(self, module))
         else:
-            module.register_forward_hook(_MaskHook(self))  # type: ignore[arg-type]
+            module.register_forward_hook(_MaskHook(self))
 
     def forward(self, activations: Tensor) -> Tensor:
         split = activations.unsqueeze(0) if self.first else activations.unflatten(0, (self.members, -1))

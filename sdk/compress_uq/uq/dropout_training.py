@@ -44,12 +44,11 @@ class DropoutNetwork(nn.Module):
             if site.own:
                 continue
             if site.of_weights:
-                dropped = _ConnectionDropout(site)
-                replace_forward(module, _InPlaceOf(dropped, module))
+                self.inserted.append(_ConnectionDropout(site))
+                replace_forward(module, _InPlaceOf(self.inserted[-1], module))
             else:
-                dropped = _DealtMasks(masks[number]) if masks is not None else _ActivationDropout(site)
-                module.register_forward_hook(_After(dropped))  # type: ignore[arg-type]
-            self.inserted.append(dropped)
+                self.inserted.append(_ActivationDropout(site) if masks is None else _DealtMasks(masks[number]))
+                module.register_forward_hook(_After(self.inserted[-1]))
 
     @property
     def masks(self) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ def _answers(
         sampled = SampledDropout(network, sites, len(masks[0]), fold=fold, masks=masks)
         with on_device(sampled, device):
             (means, expected), _ = collect(
-                lambda batch, sampled=sampled: _summary(sampled(batch), sampled.count // members),
+                partial(_summaries, sampled, members),
                 images,
                 device=device,
                 batch_size=max(1, _MEMBER_IMAGES // sampled.count),
@@ -123,9 +124,9 @@ def _answers(
     return means.transpose(1, 0, 2), expected.transpose(1, 0)
 
 
-def _summary(logits: Tensor, draws: int) -> tuple[Tensor, Tensor]:
-    """Of logits (D * T, N, K): mean probabilities (N, D, K) and mean entropies (N, D)."""
-    logs = torch.log_softmax(logits.double(), 2).unflatten(0, (draws, -1))
+def _summaries(sampled: SampledDropout, members: int, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of draws of so many members each: mean probabilities (N, D, K) and mean entropies (N, D)."""
+    logs = torch.log_softmax(sampled(images).double(), 2).unflatten(0, (-1, members))
     probabilities = logs.exp()
     entropies = -(probabilities * logs.clamp_min(-80.0)).sum(3)
     return probabilities.mean(1).transpose(0, 1), entropies.mean(1).transpose(0, 1)
@@ -133,8 +134,8 @@ def _summary(logits: Tensor, draws: int) -> tuple[Tensor, Tensor]:
 
 def _mutual_information(mean: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """(N,) from mean probabilities (N, K) and mean entropies (N,)."""
-    entropy: np.ndarray = -(mean * np.log(np.maximum(mean, 1e-30))).sum(1)
-    return entropy - expected
+    information: np.ndarray = -(mean * np.log(np.maximum(mean, 1e-30))).sum(1) - expected
+    return information
 
 
 def _spearman(values: np.ndarray, others: np.ndarray) -> float:
