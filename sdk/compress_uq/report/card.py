@@ -141,7 +141,7 @@ def _fidelity_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]
     if known is None:
         return []
     pair = f"{known['samples']} and {known['reference']} samples"
-    figures = {f"Spearman of MI, {pair}": known["spearman"], f"mean |dp|, {pair}": known["difference"]}
+    figures = {f"Spearman of MI, {pair}": known["spearman"], f"mean difference of p, {pair}": known["difference"]}
     present = [name for name in COLUMNS if report[name] is not None]
     members = ("compressed", "onnx")
     return [(n, {c: f"{v:.4f}" if c in members else "" for c in present}) for n, v in figures.items()]
