@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -75,12 +76,11 @@ def choose_masks(
         return first, None
     count = min(available, max(_FEWEST_IMAGES, min(_MOST_IMAGES, affordable)))
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
-    means, expected = _answers(network, sites, members, Subset(images, chosen.tolist()), fold, seeds, device)
-    reference = means[draws:].mean(0), expected[draws:].mean(0)
-    wanted = _mutual_information(*reference)
-    information = [_mutual_information(means[n], expected[n]) for n in range(draws)]
-    correlations = np.array([_spearman(each, wanted) for each in information])
-    differences = np.abs(means[:draws] - reference[0]).mean((1, 2))
+    answers = _answers(network, sites, members, Subset(images, chosen.tolist()), fold, seeds, device)
+    means, reference = answers.means[:draws], answers.means[draws:].mean(0)
+    wanted = -(reference * np.log(np.maximum(reference, 1e-30))).sum(1) - answers.entropies[draws:].mean(0)
+    correlations = np.array([_spearman(each, wanted) for each in answers.information[:draws]])
+    differences = np.abs(means - reference).mean((1, 2))
     near = differences <= np.median(differences)
     kept = int(np.argmax(np.where(near, correlations, -2.0)))
     return draw_masks(sites, members, seeds[kept]), Fidelity(
@@ -95,6 +95,18 @@ def choose_masks(
     )
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """What D draws of T members say of N images."""
+
+    means: np.ndarray
+    """(D, N, K) float64 mean probabilities."""
+    entropies: np.ndarray
+    """(D, N) float64 mean entropies of the members."""
+    information: np.ndarray
+    """(D, N) float32 mutual information."""
+
+
 def _answers(
     network: nn.Module,
     sites: Sequence[Site],
@@ -103,8 +115,7 @@ def _answers(
     fold: str | None,
     seeds: Sequence[int],
     device: torch.device | str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean probabilities (D, N, K) and mean entropies of the members (D, N) of each draw, float64."""
+) -> _Answers:
     of_one = sum(4 * members * math.prod(site.shape) for site in sites)
     together = max(1, min(len(seeds), _MASK_BYTES // of_one))
     parts = []
@@ -113,29 +124,31 @@ def _answers(
         masks = [torch.cat(of_site) for of_site in zip(*drawn, strict=True)]
         sampled = SampledDropout(network, sites, len(masks[0]), fold=fold, masks=masks)
         with on_device(sampled, device):
-            (means, expected), _ = collect(
+            fields, _ = collect(
                 partial(_summaries, sampled, members),
                 images,
                 device=device,
                 batch_size=max(1, _MEMBER_IMAGES // sampled.count),
             )
-        parts.append((means, expected))
-    means, expected = (np.concatenate(column, axis=1) for column in zip(*parts, strict=True))
-    return means.transpose(1, 0, 2), expected.transpose(1, 0)
+        parts.append(fields)
+    return _Answers(*(np.concatenate(column, axis=1).swapaxes(0, 1) for column in zip(*parts, strict=True)))
 
 
-def _summaries(sampled: SampledDropout, members: int, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of draws of so many members each: mean probabilities (N, D, K) and mean entropies (N, D)."""
-    logs = torch.log_softmax(sampled(images).double(), 2).unflatten(0, (-1, members))
-    probabilities = logs.exp()
-    entropies = -(probabilities * logs.clamp_min(-80.0)).sum(3)
-    return probabilities.mean(1).transpose(0, 1), entropies.mean(1).transpose(0, 1)
+def _summaries(sampled: SampledDropout, members: int, images: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `_Answers` with the images in front, from draws of so many members each."""
+    logits = sampled(images).unflatten(0, (-1, members))
+    logs = torch.log_softmax(logits.double(), 3)
+    entropies = -(logs.exp() * logs).sum(3).mean(1)
+    fields = logs.exp().mean(1), entropies, _mutual_information(logits)
+    return tuple(field.transpose(0, 1) for field in fields)
 
 
-def _mutual_information(mean: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """(N,) from mean probabilities (N, K) and mean entropies (N,)."""
-    information: np.ndarray = -(mean * np.log(np.maximum(mean, 1e-30))).sum(1) - expected
-    return information
+def _mutual_information(logits: Tensor) -> Tensor:
+    """(D, N) from logits (D, T, N, K), in float32 as it is deployed: small values drown in its rounding there too."""
+    logs = torch.log_softmax(logits, 3)
+    mean = logs.exp().mean(1)
+    of_mean = -(mean * mean.clamp_min(1e-12).log()).sum(2)
+    return (of_mean + (logs.exp() * logs).sum(3).mean(1)).clamp_min(0.0)
 
 
 def _spearman(values: np.ndarray, others: np.ndarray) -> float:
