@@ -56,7 +56,8 @@ def bundle(trained, callers_splits):
 def test_a_card_has_every_column_and_figure(bundle):
     report = json.loads(json.dumps(bundle.report.to_json(), allow_nan=False))
     assert set(report) == {
-        "format_version", "dense", "dense_calibrated", "compressed", "onnx", "control", "recipe", "conventions", "warnings",
+        "format_version", "dense", "dense_calibrated", "compressed", "onnx", "control", "fidelity", "recipe", "conventions",
+        "warnings",
     }  # fmt: skip
     names = "accuracy nll brier ece ause ause_exact aurc error_auroc accuracy_at_50 f1_macro ood_auroc".split()
     for column in ("dense", "dense_calibrated", "compressed", "onnx", "control"):

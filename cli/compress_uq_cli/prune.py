@@ -53,6 +53,12 @@ def prune(
     ] = None,
     dropout: o.Dropout = None,
     dropout_at: o.DropoutAt = None,
+    dropout_kind: Annotated[
+        str | None, typer.Option(help="What is dropped: auto, channel, element, filter or connection.")
+    ] = None,
+    mask_scale: Annotated[
+        float | None, typer.Option(help="For mask-ensemble: above 1; the larger, the less the masks overlap.")
+    ] = None,
     calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
@@ -92,7 +98,15 @@ def prune(
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
     method = o.method(
         uq,
-        o.given(samples=samples, sampling_budget=sampling_budget, dropout=dropout, dropout_at=dropout_at, seed=seed),
+        o.given(
+            samples=samples,
+            sampling_budget=sampling_budget,
+            dropout=dropout,
+            dropout_at=dropout_at,
+            dropout_kind=dropout_kind,
+            mask_scale=mask_scale,
+            seed=seed,
+        ),
         o.pairs(uq_option, "--uq-option"),
     )
     training = cuq.TrainingConfig(

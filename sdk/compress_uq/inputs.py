@@ -23,7 +23,7 @@ from compress_uq.uq import METHODS, Method
 
 __all__ = ["ModelAndData", "configure_method", "initial_model", "open_model_and_data", "train_dense"]
 
-_FIELD_OF = {"dropout": "p", "dropout_at": "at"}
+_FIELD_OF = {"dropout": "p", "dropout_at": "at", "dropout_kind": "kind", "mask_scale": "scale"}
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,7 @@ def compress(
         control=control_evaluation,
         recipe=recipe,
         warnings=tuple(dict.fromkeys(run.warnings)),
+        fidelity=_fidelity(compressed.model),
     )
     return Bundle.build(compressed.model, models[0], card, content, architecture, splits.info.fingerprint)
 
@@ -405,6 +406,21 @@ def suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) ->
             "the uncertainty ranks errors worse than a random order: "
             f"AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}"
         )
+    return found + _worse_than_random(evaluation)
+
+
+def _worse_than_random(evaluation: Evaluation) -> list[str]:
+    """Scores that would rank better the other way round."""
+    found = []
+    right = evaluation.metrics["error_auroc"].value
+    if right < 0.5:
+        found.append(f"the uncertainty tells errors from right answers worse than chance: error_auroc {right:.4f}")
+    for name, figures in evaluation.ood.items():
+        value = figures["auroc"].value
+        if value < 0.5:
+            found.append(
+                f"the OOD score ranks {name} worse than chance, AUROC {value:.4f}: its images pass for in-distribution"
+            )
     return found
 
 
@@ -412,6 +428,11 @@ def _right(model: UncertainModel, dataset: ImageDataset) -> tuple[int, int]:
     """Images classified right, and all of them."""
     (label,), truth = collect(lambda images: model(images).label, dataset)
     return int((label == truth).sum()), len(truth)
+
+
+def _fidelity(model: UncertainModel) -> dict[str, float] | None:
+    known = model.members.fidelity
+    return None if known is None else {"samples": model.members.count, **asdict(known)}
 
 
 def _two_shares(right: int, count: int, other_right: int, other_count: int) -> float:

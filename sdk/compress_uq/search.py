@@ -150,7 +150,11 @@ def search_sparsity(
             reason = f" ({error})"
             break
         after, _ = _measures(
-            fit_uncertainty([network.tuned for network in networks], splits), splits, calibration, config, progress
+            fit_uncertainty([network.tuned for network in networks], splits, device=config.device),
+            splits,
+            calibration,
+            config,
+            progress,
         )
         after["accuracy_drop"] = before["accuracy"] - after.pop("accuracy")
         measured = {name: after[name] for name in MEASURES}

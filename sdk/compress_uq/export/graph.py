@@ -9,6 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -125,6 +126,7 @@ def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
         "outputs": output_names(model),
         "macs": _macs(model),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "fidelity": _fidelity(model),
         "recipe_sha256": recipe_hash,
         "versions": {"compress-uq": __version__, **{n: metadata.version(n) for n in ("torch", "onnx", "onnxscript")}},
     }
@@ -132,6 +134,12 @@ def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
 
 def _state(module: Fitted) -> dict[str, Any]:
     return {k: np.asarray(v.cpu()).tolist() for k, v in module.state_dict().items()}
+
+
+def _fidelity(model: UncertainModel) -> dict[str, Any] | None:
+    """How well the file's fixed members stand for many; where they are drawn anew, nothing was measured."""
+    known = model.members.fidelity
+    return None if known is None or model.members.sampling != "fixed" else asdict(known)
 
 
 def _macs(model: UncertainModel) -> int:

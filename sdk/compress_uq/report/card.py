@@ -25,6 +25,7 @@ CONVENTIONS = {
     "intervals": "95 % percentile bootstrap, 1,000 resamples, widened to hold the figure; per class: Wilson",
     "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
+    "samples": "fixed masks: of several draws the one that ranks calibration images, labels unseen, as many more do",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
 }
 
@@ -75,6 +76,8 @@ class ReportCard:
     control: Evaluation | None
     recipe: Mapping[str, Any]
     warnings: Sequence[str]
+    fidelity: Mapping[str, float] | None = None
+    """How far the compressed model's fixed members are from many, where that was measured."""
 
     @property
     def columns(self) -> dict[str, Evaluation]:
@@ -87,6 +90,7 @@ class ReportCard:
         return {
             "format_version": FORMAT_VERSION,
             **{name: None if getattr(self, name) is None else getattr(self, name).to_json() for name in COLUMNS},
+            "fidelity": None if self.fidelity is None else dict(self.fidelity),
             "recipe": dict(self.recipe),
             "conventions": CONVENTIONS,
             "warnings": list(self.warnings),
@@ -118,6 +122,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     sets = dict.fromkeys(s for c in present for s in report[c]["ood"])
     for title, figure in (("OOD AUROC", "auroc"), ("OOD FPR95", "fpr95")):
         rows += [(f"{title} {s}", {c: _figure(report[c]["ood"].get(s, {}).get(figure)) for c in present}) for s in sets]
+    rows += _fidelity_rows(report)
     rows.append(("parameters", {c: _count(report[c]["cost"]["parameters"]) for c in present}))
     rows.append(("MACs", {c: _count(report[c]["cost"]["macs"]) for c in present}))
     rows.append(("bytes", {c: _count(report[c]["cost"]["size_bytes"]) for c in present}))
@@ -128,6 +133,18 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         rows.append((f"ms, batch {batch}", texts))
     rows.append(("training s", {c: _count(report[c]["cost"]["training_seconds"]) for c in present}))
     return rows
+
+
+def _fidelity_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """How far the fixed samples are from many; `report` may be older than the measurement."""
+    known = report.get("fidelity")
+    if known is None:
+        return []
+    pair = f"{known['samples']} and {known['reference']} samples"
+    figures = {f"Spearman of MI, {pair}": known["spearman"], f"mean difference of p, {pair}": known["difference"]}
+    present = [name for name in COLUMNS if report[name] is not None]
+    members = ("compressed", "onnx")
+    return [(n, {c: f"{v:.4f}" if c in members else "" for c in present}) for n, v in figures.items()]
 
 
 def markdown(report: Mapping[str, Any]) -> str:

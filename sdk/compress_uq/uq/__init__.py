@@ -2,12 +2,14 @@
 
 from compress_uq.registry import Entry, Registry
 from compress_uq.uq.base import Method, Trained
-from compress_uq.uq.dropout import DropoutNetwork, SampledDropout
+from compress_uq.uq.dropout import SampledDropout
+from compress_uq.uq.dropout_training import DropoutNetwork
 from compress_uq.uq.ensemble import Ensemble
 from compress_uq.uq.gaussian import GaussianPerturbation
 from compress_uq.uq.laplace import Laplace
+from compress_uq.uq.mask_ensemble import MaskEnsemble
 from compress_uq.uq.mc_dropout import DropoutPlan, MCDropout
-from compress_uq.uq.members import Members, Networks, SingleMember
+from compress_uq.uq.members import Fidelity, Members, Networks, SingleMember
 from compress_uq.uq.msp import MSP
 from compress_uq.uq.sites import Site, find_sites
 from compress_uq.uq.swag import SWAG
@@ -23,7 +25,9 @@ __all__ = [
     "Ensemble",
     "GaussianPerturbation",
     "Laplace",
+    "Fidelity",
     "MCDropout",
+    "MaskEnsemble",
     "Members",
     "Method",
     "Networks",
@@ -47,4 +51,5 @@ METHODS: Registry[type[Method]] = Registry(
         "gaussian", "weights of a trained network with noise on them", "Franchi 2020, section 4", GaussianPerturbation
     ),
     Entry("laplace", "a Gaussian over the classifier's weights, in one pass", "Ritter 2018; Kristiadi 2020", Laplace),
+    Entry("mask-ensemble", "a few fixed masks, each trained in as a member", "Durasov 2021, section 3", MaskEnsemble),
 )

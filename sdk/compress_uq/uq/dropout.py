@@ -1,13 +1,13 @@
-"""Networks with dropout at chosen sites: one to train, one that answers for T members in one pass.
+"""A network with dropout at chosen sites that answers for T members in one pass.
 
-The second computes what comes before the first site once. From there on the T members lie in the batch axis, as
-T * N images, so that every later layer sees one large batch.
+What comes before the first site is computed once. From there on the T members lie in the batch axis, as T * N images,
+so that every later layer sees one large batch.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
@@ -18,57 +18,16 @@ from torch import Tensor, nn
 from compress_uq.cost import count_macs
 from compress_uq.errors import UncertaintyError
 from compress_uq.models import as_logits
+from compress_uq.uq.connections import grouped_layer
 from compress_uq.uq.features import tap_head
-from compress_uq.uq.hooks import Hook, bare_copy
+from compress_uq.uq.hooks import Hook, bare_copy, replace_forward
 from compress_uq.uq.masks import hashed_masks, random_masks, stratified_masks
-from compress_uq.uq.members import Members
+from compress_uq.uq.members import Fidelity, Members
 from compress_uq.uq.sites import Site
 
-__all__ = ["DropoutNetwork", "SampledDropout", "sampled_macs"]
+__all__ = ["SampledDropout", "draw_masks", "find_fold", "restored", "sampled_macs"]
 
 _SEED: ContextVar[Tensor | None] = ContextVar("seed", default=None)
-
-
-class _TrainingHook(Hook):
-    def __init__(self, dropout: _ChannelDropout) -> None:
-        self._dropout = dropout
-
-    def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return self._dropout(output)  # type: ignore[no-any-return]
-
-
-class _ChannelDropout(nn.Module):
-    """Drops parts of an image's activations at random while training; masks of the site's shape."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.shape, self.p = site.shape, site.p
-
-    def forward(self, activations: Tensor) -> Tensor:
-        if not self.training:
-            return activations
-        keep = torch.rand(len(activations), *self.shape, device=activations.device) >= self.p
-        return activations * (keep.to(activations.dtype) / (1 - self.p))
-
-
-class DropoutNetwork(nn.Module):
-    """A classifier with dropout at the given sites: random masks while training, none in eval."""
-
-    def __init__(self, network: nn.Module, sites: Sequence[Site]) -> None:
-        super().__init__()
-        self.network = network
-        self.sites = tuple(sites)
-        new = [site for site in sites if not site.own]
-        self.inserted = nn.ModuleList(_ChannelDropout(site) for site in new)
-        for site, dropout in zip(new, self.inserted, strict=True):
-            network.get_submodule(site.module).register_forward_hook(_TrainingHook(dropout))  # type: ignore[arg-type]
-        for site in sites:
-            if site.own:
-                network.get_submodule(site.module).p = site.p  # type: ignore[assignment]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits (N, K)."""
-        return as_logits(self.network(images))
 
 
 class _Repeat(Hook):
@@ -93,6 +52,16 @@ class _MaskHook(Hook):
         return self._masked(output)  # type: ignore[no-any-return]
 
 
+class _WeightsHook(Hook):
+    """In place of a layer's forward: each member with its own weights."""
+
+    def __init__(self, masked: _Masked, layer: nn.Module) -> None:
+        self._masked, self._layer = masked, layer
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self._masked.layer(self._layer, inputs)
+
+
 class _Masked(nn.Module):
     """The masks of one site for all members; `first` folds the members into the batch."""
 
@@ -104,9 +73,24 @@ class _Masked(nn.Module):
         self.sampling = "fixed"
         self.register_buffer("masks", masks)
 
+    def attach(self, module: nn.Module) -> None:
+        """Take effect at the module of the site."""
+        if self.site.of_weights:
+            replace_forward(module, _WeightsHook(self, module))
+        else:
+            module.register_forward_hook(_MaskHook(self))
+
     def forward(self, activations: Tensor) -> Tensor:
         split = activations.unsqueeze(0) if self.first else activations.unflatten(0, (self.members, -1))
         return (split * self._draw(split[0]).to(split.dtype)).flatten(0, 1)
+
+    def layer(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """What a layer returns when each member drops its own connections, the same for all images of a call."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        folded = _repeat(inputs, self.members) if self.first else inputs
+        masks = self._draw(inputs[:1]).flatten(0, 1)
+        return grouped_layer(layer, folded, weight * masks.to(weight.dtype))
 
     def _draw(self, one: Tensor) -> Tensor:
         """(T, 1, *shape) for fixed masks, (T, N, *shape) for those of each image."""
@@ -133,6 +117,8 @@ class SampledDropout(Members):
         fold: the module whose input is repeated T times; "" is the whole network, None repeats at the first site.
         masks: per site (T, *shape), instead of drawing them.
         head: the classifier, where its inputs may be asked for.
+        modes: how it may sample; by default all that its sites allow.
+        fidelity: how well the masks stand for many.
     """
 
     def __init__(
@@ -145,21 +131,23 @@ class SampledDropout(Members):
         fold: str | None = None,
         masks: Sequence[Tensor] | None = None,
         head: str | None = None,
+        modes: Sequence[str] | None = None,
+        fidelity: Fidelity | None = None,
     ) -> None:
         super().__init__()
+        self.fidelity = fidelity
+        self.modes = tuple(modes) if modes is not None else _modes(sites)
         self.count, self.sites, self.fold, self.head = members, tuple(sites), fold, head
         self.network = bare_copy(network).eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed)
-        if masks is None:
-            masks = [stratified_masks(members, site.shape, site.p, generator) for site in sites]
+        masks = draw_masks(sites, members, seed) if masks is None else masks
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        masks = [mask.to(device) for mask in masks]
-        self.masked = nn.ModuleList(
-            _Masked(site, members, salt, first=salt == 0 and fold is None, masks=mask)
+        made = [
+            _Masked(site, members, salt, first=salt == 0 and fold is None, masks=mask.to(device))
             for salt, (site, mask) in enumerate(zip(self.sites, masks, strict=True))
-        )
-        for site, masked in zip(self.sites, self.masked, strict=True):
-            self.network.get_submodule(site.module).register_forward_hook(_MaskHook(masked))  # type: ignore[arg-type]
+        ]
+        self.masked = nn.ModuleList(made)
+        for masked in made:
+            masked.attach(self.network.get_submodule(masked.site.module))
         if fold:
             self.network.get_submodule(fold).register_forward_pre_hook(_Repeat(members))
         if head is not None:
@@ -190,16 +178,21 @@ class SampledDropout(Members):
 
     def structure(self) -> dict[str, Any]:
         """Members, head, sites and fold."""
-        return {**super().structure(), "fold": self.fold, "sites": [asdict(site) for site in self.sites]}
+        return {
+            **super().structure(),
+            "fold": self.fold,
+            "sites": [asdict(site) for site in self.sites],
+            "fidelity": None if self.fidelity is None else asdict(self.fidelity),
+        }
 
     def with_sampling(self, sampling: str) -> SampledDropout:
         """A copy whose masks are `fixed`, `seeded` (from a seed per image) or `random` (fresh at each call).
 
         Raises:
-            UncertaintyError: no such mode.
+            UncertaintyError: no such mode here.
         """
-        if sampling not in ("fixed", "seeded", "random"):
-            raise UncertaintyError(f"sampling {sampling!r}: expected fixed, seeded or random")
+        if sampling not in self.modes:
+            raise UncertaintyError(f"sampling {sampling!r}: these members sample in the mode {' or '.join(self.modes)}")
         other = copy.deepcopy(self)
         other.sampling = sampling
         for masked in other.masked:
@@ -210,6 +203,35 @@ class SampledDropout(Members):
         if seed is not None and self.sampling != "seeded":
             raise UncertaintyError(f"a seed was given, but the sampling is {self.sampling!r}: only 'seeded' takes one")
         return seed
+
+
+def restored(network: nn.Module, structure: Mapping[str, Any], modes: Sequence[str] | None = None) -> SampledDropout:
+    """Members with masks of the right shapes, their tensors still to be loaded, from `SampledDropout.structure`."""
+    sites = tuple(Site(**{**site, "shape": tuple(site["shape"])}) for site in structure["sites"])
+    fidelity = structure.get("fidelity")
+    return SampledDropout(
+        network,
+        sites,
+        structure["members"],
+        fold=structure["fold"],
+        masks=[torch.zeros(structure["members"], *site.shape) for site in sites],
+        head=structure.get("head"),
+        modes=modes,
+        fidelity=None if fidelity is None else Fidelity(**fidelity),
+    )
+
+
+def draw_masks(sites: Sequence[Site], members: int, seed: int) -> list[Tensor]:
+    """Fixed masks (T, *shape) of every site."""
+    generator = torch.Generator().manual_seed(seed)
+    return [stratified_masks(members, site.shape, site.p, generator) for site in sites]
+
+
+def _modes(sites: Sequence[Site]) -> tuple[str, ...]:
+    """A seed per image would need weights per image where connections are dropped."""
+    if any(site.of_weights for site in sites):
+        return ("fixed", "random")
+    return ("fixed", "seeded", "random")
 
 
 def sampled_macs(network: nn.Module, sites: Sequence[Site], fold: str | None, example: Tensor) -> tuple[int, int]:

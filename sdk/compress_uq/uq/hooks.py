@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Hook", "bare_copy"]
+__all__ = ["Hook", "bare_copy", "replace_forward"]
 
 
 class Hook:
@@ -18,6 +18,11 @@ class Hook:
         raise NotImplementedError
 
 
+def replace_forward(module: nn.Module, hook: Hook) -> None:
+    """Let a hook compute a module's answer from its inputs, where the module's own answer is not needed."""
+    module.forward = hook
+
+
 def bare_copy(network: nn.Module) -> nn.Module:
     """A copy of a network without the hooks that this package put there."""
     bare = copy.deepcopy(network)
@@ -25,4 +30,6 @@ def bare_copy(network: nn.Module) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]
+        if isinstance(vars(module).get("forward"), Hook):
+            del module.forward
     return bare

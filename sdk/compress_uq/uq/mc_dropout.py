@@ -8,15 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compress_uq.cost import measure_cost
-from compress_uq.errors import InputError, UncertaintyError
+from compress_uq.errors import InputError, UncertaintyError, UnknownNameError
 from compress_uq.stages import Origin
+from compress_uq.training import resolve_device
 from compress_uq.uq.base import Method, Trained
-from compress_uq.uq.dropout import DropoutNetwork, SampledDropout, find_fold, sampled_macs
+from compress_uq.uq.dropout import SampledDropout, find_fold, restored, sampled_macs
+from compress_uq.uq.dropout_training import DropoutNetwork
+from compress_uq.uq.fidelity import choose_masks
 from compress_uq.uq.hooks import bare_copy
+from compress_uq.uq.kinds import KINDS
 from compress_uq.uq.members import Members
 from compress_uq.uq.sites import Site, find_head, find_sites, functional_dropout, named_sites
 
@@ -54,13 +57,18 @@ class MCDropout(Method):
 
     `p` None is the rate of the model's own dropout layers, and 0.1 where dropout is inserted. `at` is `auto` (the
     largest set of sites, latest first, whose `samples` members cost at most `sampling_budget` of a dense pass in
-    MACs), or names or patterns of modules. `seed` draws the fixed masks.
+    MACs), or names or patterns of modules. `kind` is what is dropped: `auto` (the model's own dropout layers as they
+    are, channels where it is new), `channel`, `element` (single activations), `filter` (the filters of layers, before
+    their norm) or `connection` (single weights; Wan 2013). `seed` draws the fixed masks; where calibration images are
+    at hand, they are the best of `candidates` draws, see `choose_masks`.
     """
 
     p: float | None = None
     at: str | tuple[str, ...] = "auto"
     samples: int = 20
     sampling_budget: float = 0.75
+    kind: str = "auto"
+    candidates: int = 16
     seed: int = 0
 
     name = "mc-dropout"
@@ -70,6 +78,10 @@ class MCDropout(Method):
             raise InputError(f"dropout p={self.p}: expected a rate above 0 and below 1")
         if self.samples < 1:
             raise InputError(f"samples={self.samples}: expected at least 1")
+        if self.kind not in KINDS:
+            raise UnknownNameError("dropout kind", self.kind, KINDS)
+        if self.candidates < 1:
+            raise InputError(f"candidates={self.candidates}: expected at least 1 draw of masks")
         if not self.sampling_budget > 0:
             raise InputError(f"sampling_budget={self.sampling_budget}: expected a share of a dense pass above 0")
 
@@ -109,17 +121,21 @@ class MCDropout(Method):
         else:
             plan = self.plan(model, origin)
             network, sites, fold = model, plan.sites, plan.fold
+        bare = bare_copy(network).eval()
+        masks, fidelity = None, None
+        if trained.calibration is not None:
+            masks, fidelity = choose_masks(
+                bare, sites, self.samples, trained.calibration, fold=fold, example=example, draws=self.candidates,
+                seed=self.seed, device=resolve_device(trained.device),
+            )  # fmt: skip
         return SampledDropout(
-            network, sites, self.samples, seed=self.seed, fold=fold, head=find_head(bare_copy(network), example)
-        )
+            bare, sites, self.samples, seed=self.seed, fold=fold, masks=masks, head=find_head(bare, example),
+            fidelity=fidelity,
+        )  # fmt: skip
 
     def restore(self, networks: Sequence[nn.Module], structure: Mapping[str, Any]) -> Members:
         """Members with masks of the right shapes."""
-        sites = tuple(Site(site["module"], site["p"], tuple(site["shape"]), site["own"]) for site in structure["sites"])
-        masks = [torch.zeros(structure["members"], *site.shape) for site in sites]
-        return SampledDropout(
-            networks[0], sites, structure["members"], fold=structure["fold"], masks=masks, head=structure.get("head")
-        )
+        return restored(networks[0], structure)
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Sites, rates and cost."""
@@ -127,6 +143,7 @@ class MCDropout(Method):
         return {
             "method": self.name,
             "samples": plan.samples,
+            "kind": self.kind,
             "sites": [site.module for site in plan.sites],
             "p": sorted({site.p for site in plan.sites}),
             "own_dropout": plan.sites[0].own,
@@ -146,8 +163,8 @@ class MCDropout(Method):
         bare = bare_copy(model.network if isinstance(model, DropoutNetwork) else model).eval()
         if self.at != "auto":
             names = self.at.split(",") if isinstance(self.at, str) else self.at
-            return self._cost(bare, named_sites(bare, names, example, self.p), example, dense)
-        candidates = find_sites(bare, example, self.p)
+            return self._cost(bare, named_sites(bare, names, example, self.p, self.kind), example, dense)
+        candidates = find_sites(bare, example, self.p, self.kind)
         chosen: DropoutPlan | None = None
         for first in range(len(candidates) - 1, -1, -1):
             plan = self._cost(bare, candidates[first:], example, dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +16,27 @@ from compress_uq.models import as_logits
 from compress_uq.uq.features import head_inputs, tap_head
 from compress_uq.uq.hooks import bare_copy
 
-__all__ = ["Members", "Networks", "SingleMember"]
+__all__ = ["Fidelity", "Members", "Networks", "SingleMember"]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far the answers of T fixed members are from those of many more, on images that need no label."""
+
+    draws: int
+    """Sets of T masks that were compared."""
+    kept: int
+    """The one that is used, counted from 0."""
+    images: int
+    reference: int
+    """Members that the sets were compared with."""
+    spearman: float
+    """Rank correlation of the mutual information with the reference's, of the set kept."""
+    spearman_median: float
+    """The median over the sets."""
+    difference: float
+    """Mean absolute difference of the mean probabilities to the reference's, of the set kept."""
+    difference_median: float
 
 
 class Members(nn.Module, ABC):
@@ -29,6 +50,8 @@ class Members(nn.Module, ABC):
     """The classifier's module, the same in every network; what enters it are the features."""
     found: Mapping[str, object] = MappingProxyType({})
     """What `Method.fit` chose or found on the way; plain values."""
+    fidelity: Fidelity | None = None
+    """How well fixed members stand for many; None where that was not measured."""
 
     @property
     @abstractmethod

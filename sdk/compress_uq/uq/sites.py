@@ -16,7 +16,7 @@ import copy
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,74 +25,71 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from compress_uq.cost import evaluation_mode
 from compress_uq.errors import UncertaintyError
+from compress_uq.uq.kinds import KINDS, LAYERS, own_shape
+from compress_uq.uq.traces import Trace, is_leaf, is_weighted, trace
 
 __all__ = ["Site", "find_head", "find_sites", "functional_dropout", "named_sites"]
 
 _SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_ELEMENTWISE = (nn.Dropout,)
-_CHANNELWISE = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_OWN = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _UNSUPPORTED = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place whose output is dropped."""
+    """A place where something is dropped."""
 
     module: str
     """Dotted name in the model."""
     p: float
     shape: tuple[int, ...]
-    """Of the mask of one image, broadcast over the module's output: (C, 1, 1) drops channels."""
+    """Of one mask, broadcast over what it drops: (C, 1, 1) drops channels of one image's output."""
     own: bool
-    """True for a dropout layer that the model came with."""
+    """True for a dropout layer that the model came with and that drops as it always did."""
+    of_weights: bool = False
+    """True where the mask is of the module's weights, not of its output."""
 
 
-@dataclass(frozen=True)
-class _Trace:
-    """What one forward pass showed: output shapes and order of the modules that ran exactly once."""
+def find_sites(model: nn.Module, example: Tensor, p: float | None, kind: str = "auto") -> tuple[Site, ...]:
+    """All candidate sites in the order they run.
 
-    shapes: dict[str, tuple[int, ...]]
-    order: dict[str, int]
-
-
-def find_sites(model: nn.Module, example: Tensor, p: float | None) -> tuple[Site, ...]:
-    """All candidate sites in the order they run: the model's own where it has any, otherwise the ends of its blocks.
+    They are the model's own dropout where it has any, otherwise the ends of its blocks; for kinds that drop parts of
+    layers, its linear and convolutional layers.
 
     Args:
         model: a classifier.
         example: images (N, C, H, W).
         p: dropout rate; None for the layer's own, and 0.1 where a site is new.
+        kind: one of `KINDS`.
 
     Raises:
-        UncertaintyError: neither is there.
+        UncertaintyError: there is none.
     """
-    trace = _trace(model, example)
+    traced = trace(model, example)
     modules = dict(model.named_modules())
-    own = [
-        Site(name, p or module.p, _own_shape(module, trace.shapes[name]), True)
-        for name, module in modules.items()
-        if isinstance(module, _ELEMENTWISE + _CHANNELWISE) and module.p > 0 and name in trace.order
-    ]
-    if own:
-        return tuple(sorted(own, key=lambda site: trace.order[site.module]))
-    unsupported = [n for n, m in modules.items() if isinstance(m, _UNSUPPORTED) and m.p > 0]
-    if unsupported:
-        raise UncertaintyError(
-            f"{unsupported[0]} is a {type(modules[unsupported[0]]).__name__}: only Dropout to Dropout3d can be sampled"
-        )
-    head = _head(model, trace)
-    names = [name for name in _block_ends(model) if name in trace.order and trace.order[name] < trace.order[head]]
+    if KINDS[kind].at_layers:
+        names = _layers(model, traced, kind)
+    else:
+        names = [n for n, m in modules.items() if isinstance(m, _OWN) and m.p > 0 and n in traced.order]
+        if not names:
+            _refuse_unsupported(modules)
+            head = _head(model, traced)
+            before = {n for n in traced.order if traced.order[n] < traced.order[head]}
+            names = [n for n in _block_ends(model) if n in before]
+            names = names or [n for n in _stem_ends(model, traced) if n in before]
     if not names:
-        names = [n for n in _stem_ends(model, trace) if trace.order[n] < trace.order[head]]
-    sites = [_site_at(model, name, p, trace) for name in names]
-    if not sites:
         raise UncertaintyError(
             "no place for dropout was found before the classifier: name modules with --dropout-at (at=), "
-            f"of {', '.join(list(trace.order)[:6])} …"
+            f"of {', '.join(list(traced.order)[:6])} …"
         )
-    return tuple(sorted(sites, key=lambda site: trace.order[site.module]))
+    return _in_order([_site_at(model, name, p, traced, kind) for name in names], traced)
+
+
+def _refuse_unsupported(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if isinstance(module, _UNSUPPORTED) and module.p > 0:
+            raise UncertaintyError(f"{name} is a {type(module).__name__}: only Dropout to Dropout3d can be sampled")
 
 
 def find_head(model: nn.Module, example: Tensor) -> str | None:
@@ -103,13 +100,17 @@ def find_head(model: nn.Module, example: Tensor) -> str | None:
         example: images (N, C, H, W).
     """
     try:
-        return _head(model, _trace(model, example))
+        return _head(model, trace(model, example))
     except UncertaintyError:
         return None
 
 
-def named_sites(model: nn.Module, patterns: Sequence[str], example: Tensor, p: float | None) -> tuple[Site, ...]:
+def named_sites(
+    model: nn.Module, patterns: Sequence[str], example: Tensor, p: float | None, kind: str = "auto"
+) -> tuple[Site, ...]:
     """Sites at the modules that the caller names, by name or shell pattern, in the order they run.
+
+    For kinds that drop parts of layers a module stands for the layers inside it.
 
     Raises:
         UncertaintyError: a pattern that matches nothing (names the nearest), or a module that cannot be a site.
@@ -123,24 +124,45 @@ def named_sites(model: nn.Module, patterns: Sequence[str], example: Tensor, p: f
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UncertaintyError(f"--dropout-at {pattern!r}: the model has no such module{hint}")
         found |= dict.fromkeys(matching)
-    trace = _trace(model, example)
-    sites = [_site_at(model, name, p, trace) for name in found]
-    return tuple(sorted(sites, key=lambda site: trace.order[site.module]))
+    traced = trace(model, example)
+    if KINDS[kind].at_layers:
+        inside = [n for n in _layers(model, traced, kind) if any(f"{n}.".startswith(f"{name}.") for name in found)]
+        if not inside:
+            raise UncertaintyError(
+                f"--dropout-at {','.join(patterns)}: no linear or convolutional layer in there whose {kind}s can go"
+            )
+        found = dict.fromkeys(inside)
+    return _in_order([_site_at(model, name, p, traced, kind) for name in found], traced)
 
 
-def _site_at(model: nn.Module, name: str, p: float | None, known: _Trace) -> Site:
-    """The site at a module's output: its own dropout layer, or new channel dropout."""
-    module = model.get_submodule(name)
-    if name not in known.order:
+def _in_order(sites: Sequence[Site], traced: Trace) -> tuple[Site, ...]:
+    return tuple(sorted(sites, key=lambda site: traced.order[site.module]))
+
+
+def _layers(model: nn.Module, traced: Trace, kind: str) -> list[str]:
+    """Layers that parts can be dropped of: the classifier loses connections, but none of its classes."""
+    head = _head(model, traced)
+    found = [n for n, m in model.named_modules() if type(m) in LAYERS and n in traced.order]
+    if KINDS[kind].of_weights:
+        modules = dict(model.named_modules())
+        return [n for n in found if getattr(modules[n], "padding_mode", "zeros") == "zeros"]
+    return [n for n in found if traced.order[n] < traced.order[head]]
+
+
+def _site_at(model: nn.Module, name: str, p: float | None, traced: Trace, kind: str) -> Site:
+    """The site at a module: its own dropout, or new dropout of a kind."""
+    module, chosen = model.get_submodule(name), KINDS[kind]
+    if name not in traced.order:
         raise UncertaintyError(
             f"dropout cannot go at {name}: it does not run exactly once, or does not return a tensor"
         )
-    if isinstance(module, _ELEMENTWISE + _CHANNELWISE):
-        rate = p or module.p
-        if not rate:
-            raise UncertaintyError(f"{name} is a dropout layer with p = 0: give a rate with --dropout (p=)")
-        return Site(name, rate, _own_shape(module, known.shapes[name]), True)
-    return Site(name, p or 0.1, _channel_shape(module, name, known), False)
+    own = isinstance(module, _OWN)
+    rate = p or (module.p if isinstance(module, _OWN) else 0.1)
+    if not rate:
+        raise UncertaintyError(f"{name} is a dropout layer with p = 0: give a rate with --dropout (p=)")
+    if own and chosen.keeps_own:
+        return Site(name, rate, own_shape(module, traced.shapes[name]), True)
+    return Site(name, rate, chosen.mask(module, name, traced), False, chosen.of_weights)
 
 
 def functional_dropout(model: nn.Module, example: Tensor) -> tuple[str, ...]:
@@ -171,46 +193,12 @@ def functional_dropout(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _trace(model: nn.Module, example: Tensor) -> _Trace:
-    shapes: dict[str, tuple[int, ...]] = {}
-    order: dict[str, int] = {}
-    runs: Counter[str] = Counter()
-    handles = []
-    for name, module in model.named_modules():
-        if not name:
-            continue
-
-        def note(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
-            runs[name] += 1
-            if isinstance(output, Tensor):
-                shapes[name] = tuple(output.shape[1:])
-                order[name] = len(order)
-
-        handles.append(module.register_forward_hook(note))
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    once = {name for name in order if runs[name] == 1}
-    return _Trace({n: s for n, s in shapes.items() if n in once}, {n: i for n, i in order.items() if n in once})
-
-
-def _weighted(module: nn.Module) -> bool:
-    return any(p.ndim >= 2 for p in module.parameters())
-
-
-def _leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
-
-
 def _is_sequence(module: nn.Module) -> bool:
     if isinstance(module, _SEQUENCES):
         return True
     for child in module.children():
         if isinstance(child, _SEQUENCES):
-            classes = Counter(type(c) for c in child.children() if not isinstance(c, _SEQUENCES) and not _leaf(c))
+            classes = Counter(type(c) for c in child.children() if not isinstance(c, _SEQUENCES) and not is_leaf(c))
             if any(count >= 2 for count in classes.values()):
                 return True
     return False
@@ -225,7 +213,7 @@ def _visit(module: nn.Module, prefix: str, in_sequence: bool) -> Iterator[str]:
     end: str | None = None
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if not _weighted(child):
+        if not is_weighted(child):
             if end is not None and isinstance(module, nn.Sequential) and not isinstance(child, nn.Flatten):
                 end = path
             continue
@@ -234,51 +222,29 @@ def _visit(module: nn.Module, prefix: str, in_sequence: bool) -> Iterator[str]:
         end = None
         if _is_sequence(child):
             yield from _visit(child, f"{path}.", True)
-        elif in_sequence or not _leaf(child):
+        elif in_sequence or not is_leaf(child):
             end = path
     if end is not None:
         yield end
 
 
-def _stem_ends(root: nn.Module, trace: _Trace) -> list[str]:
+def _stem_ends(root: nn.Module, traced: Trace) -> list[str]:
     """For a model that is a handful of layers: each weighted layer, or the norm that runs directly after it."""
-    leaves = sorted((n for n, m in root.named_modules() if n in trace.order and _leaf(m)), key=trace.order.__getitem__)
+    ran = [n for n, m in root.named_modules() if n in traced.order and is_leaf(m)]
+    leaves = sorted(ran, key=traced.order.__getitem__)
     modules = dict(root.named_modules())
     ends = []
     for name, after in zip(leaves, [*leaves[1:], None], strict=True):
-        if _weighted(modules[name]):
+        if is_weighted(modules[name]):
             normed = after is not None and type(modules[after]).__name__.startswith(("BatchNorm", "LayerNorm"))
             ends.append(after if normed and after is not None else name)
     return ends
 
 
-def _head(model: nn.Module, trace: _Trace) -> str:
+def _head(model: nn.Module, traced: Trace) -> str:
     """The weighted layer that runs last."""
-    weighted = [n for n, m in model.named_modules() if n in trace.order and _leaf(m) and _weighted(m)]
+    weighted = [n for n, m in model.named_modules() if n in traced.order and is_leaf(m) and is_weighted(m)]
     if not weighted:
         raise UncertaintyError("the model has no layer with a weight matrix")
-    last: str = max(weighted, key=trace.order.__getitem__)
+    last: str = max(weighted, key=traced.order.__getitem__)
     return last
-
-
-def _own_shape(module: nn.Module, output: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(module, _ELEMENTWISE):
-        return output
-    return (output[0], *(1 for _ in output[1:]))
-
-
-def _channel_shape(module: nn.Module, name: str, trace: _Trace) -> tuple[int, ...]:
-    """The mask that drops whole channels: the axis as long as the last layer inside is wide, the first of two."""
-    output = trace.shapes[name]
-    inside = [
-        (trace.order[f"{name}.{n}" if n else name], m)
-        for n, m in module.named_modules()
-        if (f"{name}.{n}" if n else name) in trace.order and _leaf(m) and any(True for _ in m.parameters())
-    ]
-    width = len(next(max(inside, key=lambda item: item[0])[1].parameters())) if inside else None
-    channels_last = len(output) > 1 and output[0] != width and output[-1] == width
-    if len(output) == 2:  # tokens (S, D): features come last
-        channels_last = True
-    if channels_last:
-        return (*(1 for _ in output[:-1]), output[-1])
-    return (output[0], *(1 for _ in output[1:]))
