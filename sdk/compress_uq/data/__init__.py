@@ -1,6 +1,7 @@
 """Data sets, splits and batches."""
 
 from compress_uq.data.augment import AUGMENTATIONS, Augmentation
+from compress_uq.data.dividing import SMALLEST_PART, balanced_sample, divide, set_aside
 from compress_uq.data.folders import read_images
 from compress_uq.data.images import ImageTensors, batches, check_labels, fit_images
 from compress_uq.data.loading import hold_out, load_splits
@@ -12,13 +13,16 @@ __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
     "MADE_SETS",
+    "SMALLEST_PART",
     "Augmentation",
     "DataInfo",
     "ImageDataset",
     "ImageTensors",
     "Splits",
+    "balanced_sample",
     "batches",
     "check_labels",
+    "divide",
     "fit_images",
     "hold_out",
     "identical_images",
@@ -26,5 +30,6 @@ __all__ = [
     "load_splits",
     "ood_set",
     "read_images",
+    "set_aside",
     "take_class_balanced",
 ]
