@@ -27,6 +27,10 @@ Std = Annotated[str | None, typer.Option(help="Per channel, of pixels in 0..1, c
 Ood = Annotated[
     list[str] | None, typer.Option(help="An out-of-distribution set: a name or a folder of images; repeatable.")
 ]
+ValidationOod = Annotated[
+    list[str] | None,
+    typer.Option(help="An out-of-distribution set to choose a score on, never reported on; repeatable."),
+]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training, 0 or more.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
@@ -42,7 +46,9 @@ UnsafeLoad = Annotated[
 ]
 
 
-_REPEATED = frozenset({"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option"})
+_REPEATED = frozenset(
+    {"ood", "validation_ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option"}
+)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -243,6 +243,7 @@ def _structure(model: UncertainModel, dense: nn.Module, architecture: Architectu
         "ood_score": fitted_record(model.ood_score),
         "acceptance": fitted_record(model.acceptance),
         "sets": fitted_record(model.sets),
+        "record": model.record,
         "origin": asdict(origin),
     }
 
@@ -273,6 +274,7 @@ def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> 
         method.restore(networks, structure["members"]),
         method,
         _origin(structure["origin"]),
+        record=structure.get("record"),
         **{part: restore_fitted(registry, structure[part], state, f"{part}.") for part, registry in _PARTS.items()},
     )
     try:

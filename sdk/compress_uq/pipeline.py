@@ -1,6 +1,7 @@
 """The whole product, top to bottom.
 
-model + splits -> prune -> fine-tune -> fit uncertainty -> calibrate -> export -> evaluate -> report card -> bundle
+model + splits -> prune -> fine-tune -> fit uncertainty -> calibrate -> choose scores -> decide
+-> evaluate -> export -> report card -> bundle
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
 from compress_uq.config import AnswerConfig, TrainingConfig
-from compress_uq.data import Splits, identical_images
+from compress_uq.data import Splits, identical_images, set_aside
 from compress_uq.errors import DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
 from compress_uq.finishing import AnswerOptions, check_answers, finish, finish_model
@@ -93,12 +94,14 @@ def plan_compression(
     method = resolve_method(uq)
     splits.require("test", "the report card")
     check_answers(answers, splits)
+    splits = set_aside(splits, rules=answers.rules)
     refuse_non_finite(dense, "the model")
     search = None
     if budget:
+        # What chooses the size and what certifies the result do not look at the same images.
         search = search_sparsity(
-            model, splits, budget, pruning=pruning, method=method, calibration=answers.calibration, training=config,
-            augment=augment, progress=progress,
+            model, replace(splits, decision=None) if answers.rules else splits, budget, pruning=pruning, method=method,
+            calibration=answers.calibration, training=config, augment=augment, progress=progress,
         )  # fmt: skip
         pruning = {**pruning, "sparsity": search.sparsity}
     share = pruning_share(pruning)
@@ -140,7 +143,8 @@ def compress(
 
     Args:
         model: the trained classifier; it is not changed.
-        splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`.
+        splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`; a decision
+            split is set aside of calibration where there is none and a rule is asked for.
         uq: uncertainty method, a name or configured, such as `MCDropout(p=0.1, samples=20)`.
         training: how to fine-tune. A criterion or schedule that trains takes its share of these epochs.
         budget: in place of a size: what the model may lose, such as `accuracy_drop<=0.01`; see `search_sparsity`.
@@ -150,7 +154,8 @@ def compress(
         progress: called as the work goes on.
         work_dir: a folder where training keeps its state, to resume from after an interruption.
         options: what is removed, as `prune` takes it (`sparsity` or `target`, `criterion`, `scope`, `round_to`, `keep`,
-            `schedule`, `initial`), and fields of `TrainingConfig` and of `AnswerConfig` (`calibration`) by name.
+            `schedule`, `initial`), and fields of `TrainingConfig` and of `AnswerConfig` (`calibration`, `score`,
+            `ood_score`, `risk`, `coverage`, `risk_delta`, `sets`) by name.
 
     Raises:
         InputError: whatever is wrong with the inputs, before anything is trained where it can be told.
@@ -164,6 +169,7 @@ def compress(
             model, splits, uq=uq, training=training, budget=budget, progress=progress, **options
         )  # fmt: skip
     method, answers, origin = plan.method, plan.answers, plan.pruned.origin
+    splits = set_aside(splits, rules=answers.rules)
     architecture = _architecture(arch, splits, origin)
     if architecture is not None:
         _refuse_misfit(architecture, dense)
@@ -193,8 +199,8 @@ def compress(
             dense, splits, pruning=plan.pruning, method=method, training=config, augment=augment, pruned=plan.pruned,
             progress=progress, work_dir=work_dir,
         )  # fmt: skip
-        recipe = _recipe(plan, pruned, config, splits, architecture)
         uncertain = finished(tuned, "compressed")
+        recipe = _recipe(plan, pruned, config, splits, architecture, uncertain)
         evaluation = evaluate(uncertain, splits, device=config.device, progress=progress, stage="compressed")
         evaluation = _with_cost(evaluation, training_seconds=_seconds(pruned.history + tuned.history))
 
@@ -270,6 +276,7 @@ def _recipe(
     config: TrainingConfig,
     splits: Splits,
     architecture: Architecture | None,
+    uncertain: UncertainModel,
 ) -> dict[str, Any]:
     """All that a run can be repeated from; plain values."""
     info = splits.info
@@ -285,6 +292,7 @@ def _recipe(
             "mean": info.mean,
             "std": info.std,
             "ood": {name: len(dataset) for name, dataset in splits.ood.items()},  # type: ignore[arg-type]
+            "validation_ood": {name: len(dataset) for name, dataset in splits.validation_ood.items()},  # type: ignore[arg-type]
         },
         "pruning": {
             **pruned.settings,
@@ -296,6 +304,7 @@ def _recipe(
         },
         "uncertainty": {**plan.uncertainty, "options": vars(plan.method)},
         **asdict(plan.answers),
+        "answers": {"score": uncertain.score.name, "ood_score": uncertain.ood_score.name, **uncertain.record},
         "training": {**asdict(config), "augment": resolved},
         "seed": config.seed,
     }

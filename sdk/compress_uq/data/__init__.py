@@ -7,7 +7,15 @@ from compress_uq.data.images import ImageTensors, batches, check_labels, fit_ima
 from compress_uq.data.loading import hold_out, load_splits
 from compress_uq.data.named import DATASETS
 from compress_uq.data.ood import MADE_SETS, ood_set
-from compress_uq.data.splits import DataInfo, ImageDataset, Splits, identical_images, labels_of, take_class_balanced
+from compress_uq.data.splits import (
+    DataInfo,
+    ImageDataset,
+    Splits,
+    identical_images,
+    labels_of,
+    shared_images,
+    take_class_balanced,
+)
 
 __all__ = [
     "AUGMENTATIONS",
@@ -31,5 +39,6 @@ __all__ = [
     "ood_set",
     "read_images",
     "set_aside",
+    "shared_images",
     "take_class_balanced",
 ]

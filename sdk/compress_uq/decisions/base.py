@@ -42,7 +42,12 @@ class SetRule(Rule):
     @classmethod
     @abstractmethod
     def fit(
-        cls, probabilities: np.ndarray, labels: np.ndarray, *, coverage: float, options: Mapping[str, Plain] | None = None
+        cls,
+        probabilities: np.ndarray,
+        labels: np.ndarray,
+        *,
+        coverage: float,
+        options: Mapping[str, Plain] | None = None,
     ) -> SetRule:
         """Fit on calibrated probabilities (N, K) and labels (N,) that nothing else was fitted on."""
 

@@ -34,7 +34,12 @@ class LAC(SetRule):
 
     @classmethod
     def fit(
-        cls, probabilities: np.ndarray, labels: np.ndarray, *, coverage: float, options: Mapping[str, Plain] | None = None
+        cls,
+        probabilities: np.ndarray,
+        labels: np.ndarray,
+        *,
+        coverage: float,
+        options: Mapping[str, Plain] | None = None,
     ) -> LAC:
         """The ceil((N + 1) coverage)-th largest probability of the truth, that of an answer counting as 1.
 
@@ -71,7 +76,12 @@ class RAPS(SetRule):
 
     @classmethod
     def fit(
-        cls, probabilities: np.ndarray, labels: np.ndarray, *, coverage: float, options: Mapping[str, Plain] | None = None
+        cls,
+        probabilities: np.ndarray,
+        labels: np.ndarray,
+        *,
+        coverage: float,
+        options: Mapping[str, Plain] | None = None,
     ) -> RAPS:
         """The ceil((N + 1) coverage)-th smallest score of the truth.
 
@@ -120,8 +130,8 @@ def conformal_rank(images: int, coverage: float) -> int:
     rank = math.ceil((images + 1) * coverage - 1e-9)
     if rank > images:
         raise DecisionError(
-            f"coverage {coverage:g} cannot be had with {images} images: the highest is {images / (images + 1):.4f}; ask "
-            "for less or give more images"
+            f"coverage {coverage:g} cannot be had with {images} images: the highest is {images / (images + 1):.4f}; "
+            "ask for less or give more images"
         )
     return rank
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class KNN(Score):
     name = "knn"
     of_features = True
     needs = ("bank",)
-    defaults = {"bank": 5000, "neighbours": 0}
+    defaults: ClassVar[Mapping[str, Plain]] = {"bank": 5000, "neighbours": 0}
     bank: Tensor
 
     @classmethod

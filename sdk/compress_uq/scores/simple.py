@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from compress_uq.fitted import Plain
 from compress_uq.scores.base import Answers, Score
 
 __all__ = ["Confidence", "Energy", "Entropy", "GeneralisedEntropy", "MutualInformation", "Variance"]
@@ -69,7 +73,7 @@ class GeneralisedEntropy(Score):
     """Sum of (p (1 - p))^gamma over the `top` largest probabilities (Liu et al. 2023, GEN)."""
 
     name = "gen"
-    defaults = {"gamma": 0.1, "top": 100}
+    defaults: ClassVar[Mapping[str, Plain]] = {"gamma": 0.1, "top": 100}
 
     def forward(self, answers: Answers) -> Tensor:
         """(N,) float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class ViM(Score):
     name = "vim"
     of_features = True
     needs = ("origin", "residual", "alpha")
-    defaults = {"dimension": 0}
+    defaults: ClassVar[Mapping[str, Plain]] = {"dimension": 0}
     origin: Tensor
     """(G, 1, D)"""
     residual: Tensor

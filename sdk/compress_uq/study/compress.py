@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
 from compress_uq.config import AnswerConfig
+from compress_uq.data import set_aside
 from compress_uq.finishing import finish, finish_model
 from compress_uq.held_out import held_out_figures
 from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
@@ -146,7 +147,10 @@ class _Run:
         """Figures on test, and on held-out images with a word on which those are."""
         device, progress = self.settings.training.device, self.context.progress
         evaluation = evaluate(uncertain, self.opened.splits, device=device, progress=progress, stage=stage)
-        return evaluation, *held_out_figures(uncertain, self.opened.splits, device=device, progress=progress)
+        # What chooses a run and what certifies its decisions do not look at the same images.
+        rules = self.settings.answers.rules
+        splits = replace(self.opened.splits, decision=None) if rules else self.opened.splits
+        return evaluation, *held_out_figures(uncertain, splits, device=device, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,13 @@ def _open(settings: CompressSettings, context: Context) -> ModelAndData:
             )  # fmt: skip
 
         path, options = str(context.shared.file("dense.pt", settings.model, train)), None
-    return open_model_and_data(
+    opened = open_model_and_data(
         path, arch=inputs.arch, options=options, num_classes=inputs.num_classes, data=inputs.data,
         root=inputs.data_root, mean=inputs.mean, std=inputs.std,
-        ood=(inputs.ood,) if isinstance(inputs.ood, str) else inputs.ood, unsafe=inputs.unsafe_load,
+        ood=_several(inputs.ood), validation_ood=_several(inputs.validation_ood), unsafe=inputs.unsafe_load,
     )  # fmt: skip
+    return replace(opened, splits=set_aside(opened.splits, rules=settings.answers.rules))
+
+
+def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given
