@@ -23,7 +23,7 @@ __all__ = [
 
 ACCEPTANCE_RULES: Registry[type[AcceptanceRule]] = Registry(
     "acceptance rule",
-    Entry("sgr", "accepts as much as it can within a certified risk", "Geifman 2017, algorithm 1", SGR),
+    Entry("sgr", "accepts as much as it can within a certified risk", "Geifman 2017, algorithm 2", SGR),
 )
 SET_RULES: Registry[type[SetRule]] = Registry(
     "set rule",

@@ -18,7 +18,7 @@ __all__ = ["SGR", "binomial_bound", "check_risk", "smallest_risk"]
 
 
 class SGR(AcceptanceRule):
-    """Selection with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 1).
+    """Selection with guaranteed risk (Geifman and El-Yaniv 2017, algorithm 2), tried on all images first.
 
     With probability at least 1 - delta over the images it is fitted on, the share of wrong answers among the accepted
     ones is at most `risk`. Answers of images that tie with the threshold are all accepted.
@@ -28,9 +28,10 @@ class SGR(AcceptanceRule):
 
     @classmethod
     def fit(cls, uncertainty: np.ndarray, wrong: np.ndarray, *, risk: float, delta: float = 0.05) -> SGR:
-        """The largest certified coverage that a bisection over thresholds meets.
+        """All images if that is certified, else the largest certified coverage that a bisection over thresholds meets.
 
-        Each of the thresholds it may visit, ceil(log2(N + 1)) of them, gets an equal part of delta.
+        Each of the thresholds it may visit, 1 + ceil(log2 N) of them, gets an equal part of delta. The paper never
+        accepts all; few images without a mistake certify the least risk that way, and bisection would pass it by.
 
         Raises:
             DecisionError: risk or delta not between 0 and 1, NaN, or a risk that these images cannot certify; names
@@ -38,12 +39,16 @@ class SGR(AcceptanceRule):
         """
         check_risk(risk, delta)
         count = images_and_values(uncertainty, wrong, "uncertainties")
-        found, least = _bisect(_Curve.of(uncertainty, wrong), risk, delta / _tests(count))
+        curve, part = _Curve.of(uncertainty, wrong), delta / _tests(count)
+        found, least = _bisect(curve, risk, part)
         if found is None:
+            possible = math.ceil(least * 1e4) / 1e4
+            best, _ = _bisect(curve, possible, part)
+            assert best is not None
             raise DecisionError(
                 f"risk {risk:g} cannot be certified with {count} images at delta {delta:g}: the smallest is "
-                f"{math.ceil(least.bound * 1e4) / 1e4:.4f}, at a coverage of {least.accepted / count:.3f}; allow more "
-                "risk, give more images, or a better model"
+                f"{possible:.4f}, at a coverage of {best.accepted / count:.3f}; allow more risk, give more images, or a "
+                "better model"
             )
         options = {
             "risk": risk, "delta": delta, "images": count, "bound": found.bound, "coverage": found.accepted / count,
@@ -79,8 +84,8 @@ def check_risk(risk: float, delta: float) -> None:
 
 
 def _tests(images: int) -> int:
-    """Thresholds that a bisection over 0 to N accepted images may visit."""
-    return math.ceil(math.log2(images + 1))
+    """Thresholds that may be visited: all N images, and a bisection over 0 to N."""
+    return 1 + math.ceil(math.log2(images))
 
 
 @dataclass(frozen=True)
@@ -113,23 +118,23 @@ class _Point:
     bound: float
 
 
-def _bisect(curve: _Curve, risk: float, delta: float) -> tuple[_Point | None, _Point]:
-    """The certified point with the largest coverage that was visited, and the one with the smallest bound.
+def _bisect(curve: _Curve, risk: float, delta: float) -> tuple[_Point | None, float]:
+    """The certified point with the largest coverage that was visited, and the smallest bound.
 
-    Where none is certified, every step went to fewer images, and a search for that smallest bound takes the same steps
-    up to it: it would be certified.
+    Where none is certified, every step went to fewer images. A search for that smallest bound takes the same steps up
+    to it, and certifies it there.
     """
-    best: _Point | None = None
-    least: _Point | None = None
-    certified, refused = 0, len(curve.ordered) + 1
+    whole = curve.at(len(curve.ordered), delta)
+    if whole.bound <= risk:
+        return whole, whole.bound
+    best, least = None, whole.bound
+    certified, refused = 0, len(curve.ordered)
     while refused - certified > 1:
         middle = (certified + refused) // 2
         point = curve.at(middle, delta)
-        if least is None or point.bound < least.bound:
-            least = point
+        least = min(least, point.bound)
         if point.bound <= risk:
             certified, best = middle, point
         else:
             refused = middle
-    assert least is not None
     return best, least

@@ -66,7 +66,13 @@ class Energy(Score):
 
     def forward(self, answers: Answers) -> Tensor:
         """(N,) float32."""
-        return -torch.logsumexp(answers.logits.mean(0), 1)
+        return energy(answers.logits.mean(0))
+
+
+def energy(logits: Tensor) -> Tensor:
+    """-log sum exp of logits (N, K), of operators that every runtime has."""
+    largest = logits.amax(1, keepdim=True)
+    return -((logits - largest).exp().sum(1).log() + largest[:, 0])
 
 
 class GeneralisedEntropy(Score):

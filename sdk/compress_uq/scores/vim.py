@@ -13,6 +13,7 @@ from torch import Tensor
 from compress_uq.errors import UncertaintyError
 from compress_uq.fitted import Plain
 from compress_uq.scores.base import Answers, Score, TrainingFeatures
+from compress_uq.scores.simple import energy
 
 __all__ = ["ViM"]
 
@@ -66,7 +67,7 @@ class ViM(Score):
         self.require_fitted()
         assert answers.features is not None
         left = ((answers.features - self.origin) @ self.residual).square().sum(2).sqrt()
-        return (self.alpha * left).mean(0) - torch.logsumexp(answers.logits.mean(0), 1)
+        return (self.alpha * left).mean(0) + energy(answers.logits.mean(0))
 
 
 def _dimension(width: int) -> int:
