@@ -1,20 +1,30 @@
 """Certificates: against brute force and closed forms, on printed figures, in the limit, and from end to end."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.optimize import brentq
 from scipy.stats import binom
+from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import compress_uq as cuq
 from compress_uq.calibration import Temperature
 from compress_uq.data import divide
 from compress_uq.decisions import LAC, RAPS, SET_RULES, SGR, binomial_bound, conformal_rank, smallest_risk
-from compress_uq.errors import DataError, DecisionError, UnknownNameError
+from compress_uq.errors import DataError, DecisionError, GateError, InputError, UnknownNameError
+from compress_uq.export.gates import check_graph
+from compress_uq.report.decisions import decision_figures
+from compress_uq.runtime import OnnxPredictor
+from compress_uq.stages import Origin
+from compress_uq.types import OUTPUT_NAMES, Prediction
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import MSP, Trained
 
 # Who looks at what.
 
@@ -353,3 +363,231 @@ def test_sgr_holds_on_few_images():
             continue
         violated += float(rule.threshold) / 4 > 0.15
     assert violated <= binom.ppf(0.999, 2000, delta)
+
+
+# From end to end.
+
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def world(network, count, seed, sharpness=12.0):
+    """Images, and labels drawn from a softened softmax of the network's own logits."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, *SHAPE, generator=generator)
+    with torch.no_grad():
+        labels = torch.multinomial(torch.softmax(sharpness * network(pixels), 1), 1, generator=generator)[:, 0]
+    return TensorDataset(pixels, labels)
+
+
+@pytest.fixture(scope="module")
+def splits(network):
+    return cuq.Splits(calibration=world(network, 600, 1), decision=world(network, 800, 2), test=world(network, 4000, 3))
+
+
+@pytest.fixture(scope="module")
+def uncertain(network, splits):
+    origin = Origin(SHAPE).of_data(splits)
+    return cuq.calibrate(UncertainModel(MSP().fit(Trained((network,), origin)), MSP(), origin), splits)
+
+
+@pytest.fixture(scope="module", params=SET_RULES.names)
+def decided(request, uncertain, splits):
+    return cuq.decide(uncertain, splits, risk=0.15, coverage=0.9, sets=request.param)
+
+
+def test_decisions_keep_their_promise_on_test(decided, splits):
+    evaluation = cuq.evaluate(decided, splits)
+    figures = evaluation.to_json()["decisions"]
+    assert figures["selective_risk"]["value"] <= 0.15
+    assert figures["acceptance_coverage"]["value"] == pytest.approx(decided.acceptance.options["coverage"], abs=0.06)
+    assert figures["set_coverage"]["value"] == pytest.approx(0.9, abs=0.04)
+    assert figures["set_empty"]["value"] == 0
+    assert 1 <= figures["set_size"]["low"] <= figures["set_size"]["value"] <= 4
+    assert all(f["low"] <= f["value"] <= f["high"] for f in figures.values())
+    assert evaluation.prediction.accepted.dtype == evaluation.prediction.prediction_set.dtype == bool
+    assert cuq.evaluate(decided.but(acceptance=None), splits).prediction.prediction_set.shape == (4000, 4)
+
+
+def test_each_rule_looks_at_its_own_half(uncertain, splits, decided):
+    labels = splits.decision.tensors[1].numpy()
+    first, second = divide(labels, 2)
+    with torch.no_grad():
+        answers = uncertain(splits.decision.tensors[0])
+    u, p = answers.uncertainty.numpy(), answers.probabilities.numpy()
+    wrong = answers.label.numpy() != labels
+    assert float(decided.acceptance.threshold) == pytest.approx(
+        float(SGR.fit(u[first], wrong[first], risk=0.15).threshold)
+    )
+    wanted = SET_RULES[decided.sets.name].fit(p[second], labels[second], coverage=0.9)
+    assert float(decided.sets.threshold) == pytest.approx(float(wanted.threshold), abs=1e-6)
+    assert decided.record["acceptance"]["from"] == "the decision split (half 1 of 2, 400 images)"
+    assert decided.record["sets"]["from"] == "the decision split (half 2 of 2, 400 images)"
+    assert decided.record["sets"]["exact"]
+    alone = cuq.decide(uncertain, splits, risk=0.15)
+    assert (alone.acceptance.options["images"], alone.sets) == (800, None)
+
+
+def test_without_a_decision_split_calibration_is_cross_fitted(uncertain, splits):
+    calibration = cuq.Splits(calibration=splits.calibration)
+    crossed = cuq.decide(uncertain, calibration, risk=0.2, coverage=0.9)
+    images, labels = splits.calibration.tensors[0], splits.calibration.tensors[1].numpy()
+    first, second = divide(labels, 2)
+    logits = uncertain.member_logits(images).numpy()
+
+    def answers(fitted_on, applied_to):
+        other = Temperature.fit(logits[:, fitted_on], labels[fitted_on])
+        return torch.softmax(other.logits(torch.from_numpy(logits[0, applied_to])), 1).numpy()
+
+    p, q = answers(second, first), answers(first, second)
+    rule = SGR.fit(1 - p.max(1), p.argmax(1) != labels[first], risk=0.2)
+    assert float(crossed.acceptance.threshold) == pytest.approx(float(rule.threshold), abs=1e-5)
+    wanted = LAC.fit(q, labels[second], coverage=0.9)
+    assert float(crossed.sets.threshold) == pytest.approx(float(wanted.threshold), abs=1e-5)
+    assert not crossed.record["sets"]["exact"]
+    assert "approximate" in crossed.record["sets"]["from"]
+    # Where no calibrator saw the images there is nothing to cross.
+    bare = cuq.decide(cuq.calibrate(uncertain, calibration, method="none"), calibration, risk=0.2)
+    assert bare.record["acceptance"]["exact"]
+    assert bare.acceptance.options["images"] == 600
+    # A score of features is fitted on training images, and crossed with the rest.
+    by_features = cuq.choose_scores(uncertain, cuq.Splits(train=splits.test), score="knn")
+    crossed = cuq.decide(by_features, calibration, risk=0.5)
+    with torch.no_grad():
+        assert crossed(images).accepted.float().mean().item() == pytest.approx(crossed.acceptance.options["coverage"])
+
+
+def test_decisions_are_exported_and_gated(decided, splits, tmp_path):
+    cuq.export_onnx(decided, tmp_path / "m.onnx")
+    predictor = OnnxPredictor(tmp_path / "m.onnx")
+    images = splits.test.tensors[0]
+    with torch.no_grad():
+        wanted = decided(images)
+    got = predictor(images.numpy())
+    assert got.accepted.dtype == got.prediction_set.dtype == bool
+    near = np.abs(wanted.uncertainty.numpy() - float(decided.acceptance.threshold)) < 1e-5
+    assert (got.accepted == wanted.accepted.numpy())[~near].all()
+    assert (got.prediction_set == wanted.prediction_set.numpy()).mean() > 0.9999
+    recorded = predictor.metadata
+    assert recorded["outputs"] == [*OUTPUT_NAMES, "accepted", "prediction_set"]
+    assert recorded["thresholds"]["accepted"]["threshold"] == float(decided.acceptance.threshold)
+    assert recorded["thresholds"]["prediction_set"]["rule"] == decided.sets.name
+    assert recorded["answers"] == json.loads(json.dumps(decided.record))
+    a, b = cuq.evaluate(decided, splits).decisions, cuq.evaluate(predictor, splits).decisions
+    assert {k: f.value for k, f in a.items()} == pytest.approx({k: f.value for k, f in b.items()}, abs=1e-3)
+
+
+def test_one_rule_alone_has_its_own_output(uncertain, splits, tmp_path):
+    for asked, name in (({"risk": 0.2}, "accepted"), ({"coverage": 0.8}, "prediction_set")):
+        model = cuq.decide(uncertain, splits, **asked)
+        cuq.export_onnx(model, tmp_path / f"{name}.onnx")
+        predictor = OnnxPredictor(tmp_path / f"{name}.onnx")
+        assert predictor.metadata["outputs"] == [*OUTPUT_NAMES, name]
+        answer = predictor(splits.test.tensors[0][:3].numpy())
+        given = {field for field in Prediction._fields[8:] if getattr(answer, field) is not None}
+        assert given == {name}
+
+
+@pytest.mark.parametrize("output", ["accepted", "prediction_set"])
+def test_a_file_that_decides_otherwise_does_not_pass(output, uncertain, splits, tmp_path):
+    asked = {"risk": 0.2} if output == "accepted" else {"coverage": 0.8}
+    model = cuq.decide(uncertain, splits, **asked)
+    cuq.export_onnx(model, tmp_path / "m.onnx")
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert "parity" in check_graph(content, model)
+    part = "acceptance" if output == "accepted" else "sets"
+    rule = getattr(model, part)
+    other = type(rule)(rule.options, threshold=torch.tensor(-0.5))  # accepts nothing, and names every class
+    with pytest.raises(GateError, match=f"gate 'parity': {output} differs"):
+        check_graph(content, model.but(**{part: other}))
+
+
+def test_what_no_images_could_give_is_refused_at_once(uncertain, splits):
+    with pytest.raises(DecisionError, match="neither risk nor coverage"):
+        cuq.decide(uncertain, splits)
+    with pytest.raises(DataError, match="'calibration'"):
+        cuq.decide(uncertain, cuq.Splits(test=splits.test), risk=0.1)
+    with pytest.raises(DecisionError, match="smallest is"):
+        cuq.decide(uncertain, splits, risk=0.0001)
+    with pytest.raises(DecisionError, match="highest is 0.9988"):
+        cuq.decide(uncertain, splits, coverage=0.9999)
+    with pytest.raises(DecisionError, match="all classes always"):
+        cuq.decide(uncertain, splits, coverage=1.0)
+    with pytest.raises(UnknownNameError, match="did you mean 'raps'"):
+        cuq.decide(uncertain, splits, coverage=0.9, sets="rap")
+    with pytest.raises(InputError, match="option of lac"):
+        cuq.decide(uncertain, splits, coverage=0.9, options={"penalty": 1.0})
+
+
+def test_recalibrating_takes_decisions_away(decided, splits):
+    again = cuq.calibrate(decided, splits)
+    assert (again.acceptance, again.sets, again.record) == (None, None, {})
+
+
+def test_no_accepted_image_has_no_risk():
+    nothing = Prediction(*[np.zeros(3)] * 8, accepted=np.zeros(3, bool))
+    figures = decision_figures(nothing, np.zeros(3, int))
+    assert figures["acceptance_coverage"].value == 0
+    assert math.isnan(figures["selective_risk"].value)
+    assert figures["selective_risk"].to_json() == {"value": None, "low": None, "high": None}
+
+
+def test_the_command_line_decides_from_prune_to_predict(command, checkpoint, tmp_path):
+    code, out, err = command(
+        "prune", checkpoint, "--sparsity", 0.5, "--epochs", 1, "--samples", 4, "--risk", 0.4, "--coverage", 0.9, "--sets",
+        "raps", "--score", "entropy", "--ood-score", "auto", "--validation-ood", "synthetic", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    answers = report["recipe"]["answers"]
+    assert (report["recipe"]["risk"], report["recipe"]["sets"]) == (0.4, "raps")
+    assert answers["score"] == "entropy"
+    assert answers["ood_score"] == answers["ood_score_choice"]["chosen"]
+    assert "synthetic" in report["conventions"]["scores"]
+    assert report["conventions"]["accepted"].startswith("sgr: the risk of accepted answers is at most 0.4")
+    assert "at least 0.9" in report["conventions"]["prediction_set"]
+    assert set(report["onnx"]["decisions"]) == set(report["compressed"]["decisions"]) >= {"selective_risk", "set_size"}
+    assert report["dense"]["decisions"] == {}
+    assert "selective_risk" in err
+    bundle = cuq.Bundle.load(tmp_path / "model-compressed")
+    assert "selective_risk" in bundle.report.to_markdown()
+    assert bundle.model.record == {k: v for k, v in answers.items() if k not in ("score", "ood_score")}
+    images = torch.randn(6, 1, 8, 8)
+    bundle.save(tmp_path / "again")
+    with torch.no_grad():
+        first, second = bundle.model(images), cuq.Bundle.load(tmp_path / "again").model(images)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert cuq.verify(tmp_path / "model-compressed").checks["parity"]
+    Image.new("L", (8, 8), 99).save(tmp_path / "a.png")
+    code, out, _ = command("predict", "model-compressed", "a.png", "--json")
+    (answer,) = json.loads(out)
+    assert isinstance(answer["accepted"], bool)
+    assert answer["label"] in answer["prediction_set"]
+    code, out, err = command("evaluate", "model-compressed", "--json")
+    assert json.loads(out)["decisions"]["set_coverage"] == report["onnx"]["decisions"]["set_coverage"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--risk", "0.001"], "even without a wrong answer the smallest is"),
+        (["--risk", "2"], "above 0 and below 1"),
+        (["--coverage", "1"], "all classes"),
+        (["--coverage", "0.9999"], "the highest is"),
+        (["--coverage", "0.9", "--sets", "aps"], "unknown set rule 'aps'"),
+        (["--score", "entrop"], "did you mean 'entropy'"),
+        (["--ood-score", "auto"], "--validation-ood"),
+        (["--ood-score", "auto", "--validation-ood", "photographs"], "reported on too"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_training(options, words, command, checkpoint, tmp_path):
+    code, _, err = command("prune", checkpoint, "--sparsity", 0.5, *options)
+    assert code == 2
+    assert words in err
+    assert not list(tmp_path.iterdir())

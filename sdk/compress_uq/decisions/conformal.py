@@ -116,7 +116,7 @@ class RAPS(SetRule):
         """(N, K) bool."""
         self.require_fitted()
         ordered, scores = _ranked(probabilities, self.options)
-        size = (scores <= self.threshold).sum(1, keepdim=True)
+        size = (scores <= self.threshold).sum(1, keepdim=True).clamp_min(1)
         return probabilities >= ordered.gather(1, size - 1)
 
 

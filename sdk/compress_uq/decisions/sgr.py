@@ -47,8 +47,8 @@ class SGR(AcceptanceRule):
             assert best is not None
             raise DecisionError(
                 f"risk {risk:g} cannot be certified with {count} images at delta {delta:g}: the smallest is "
-                f"{possible:.4f}, at a coverage of {best.accepted / count:.3f}; allow more risk, give more images, or a "
-                "better model"
+                f"{possible:.4f}, at a coverage of {best.accepted / count:.3f}; allow more risk, give more images, "
+                "or a better model"
             )
         options = {
             "risk": risk, "delta": delta, "images": count, "bound": found.bound, "coverage": found.accepted / count,
