@@ -1,10 +1,12 @@
 """Measuring models and showing them side by side."""
 
 from compress_uq.report.card import ReportCard, Requirement, markdown, table_rows
+from compress_uq.report.decisions import DECISIONS
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
 
 __all__ = [
+    "DECISIONS",
     "Cost",
     "Evaluation",
     "ReportCard",

@@ -17,7 +17,7 @@ from compress_uq.held_out import held_out_figures
 from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
 from compress_uq.metrics import METRICS
 from compress_uq.pruning import PruneResult, PruningOptions
-from compress_uq.report import Evaluation, evaluate
+from compress_uq.report import DECISIONS, Evaluation, evaluate
 from compress_uq.search import search_sparsity
 from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin
@@ -55,7 +55,8 @@ class CompressKind(Kind[CompressSettings]):
     axis = "sparsity"
     settings = frozenset(HINTS)
     measures = frozenset(
-        {f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} - {*_NEVER_HELD_OUT} | {*_DROPS, *_COSTS}
+        {f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} - {*_NEVER_HELD_OUT}
+        | {*_DROPS, *_COSTS, *DECISIONS}
     )
     without_bearing = WITHOUT_BEARING
 
@@ -79,6 +80,7 @@ class CompressKind(Kind[CompressSettings]):
             **dense["measures"],
             **_quality(evaluation),
             **_costs(evaluation, pruned, tuned),
+            **{name: figure.to_json()["value"] for name, figure in evaluation.decisions.items()},
             **{f"held_out_{name}": value for name, value in held_out.items()},
             "accuracy_drop": _difference(dense["measures"]["dense_accuracy"], evaluation.metrics["accuracy"].value),
             "held_out_accuracy_drop": _difference(dense["held_out_accuracy"], held_out.get("accuracy")),
