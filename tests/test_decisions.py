@@ -19,7 +19,7 @@ from compress_uq.data import divide
 from compress_uq.decisions import LAC, RAPS, SET_RULES, SGR, binomial_bound, conformal_rank, smallest_risk
 from compress_uq.errors import DataError, DecisionError, GateError, InputError, UnknownNameError
 from compress_uq.export.gates import check_graph
-from compress_uq.report.decisions import decision_figures
+from compress_uq.report.decisions import broken, decision_figures, wilson
 from compress_uq.runtime import OnnxPredictor
 from compress_uq.stages import Origin
 from compress_uq.types import OUTPUT_NAMES, Prediction
@@ -536,6 +536,49 @@ def test_no_accepted_image_has_no_risk():
     assert figures["acceptance_coverage"].value == 0
     assert math.isnan(figures["selective_risk"].value)
     assert figures["selective_risk"].to_json() == {"value": None, "low": None, "high": None}
+
+
+def test_a_broken_promise_is_said():
+    promised = {"acceptance": {"risk": 0.05}, "sets": {"coverage": 0.9}}
+    kept = {"selective_risk": wilson(0.06, 500), "set_coverage": wilson(0.88, 500)}
+    assert broken(kept, promised) == broken({}, promised) == broken(kept, {}) == []
+    missed = {"selective_risk": wilson(0.1, 500), "set_coverage": wilson(0.8, 500)}
+    first, second = broken(missed, promised)
+    assert "0.1000 on test" in first
+    assert "0.8000 of the labels" in second
+
+
+def test_compress_sets_the_images_of_its_rules_aside(network):
+    given = cuq.Splits(train=world(network, 100, 4), calibration=world(network, 900, 5), test=world(network, 300, 6))
+    bundle = cuq.compress(
+        network, given, sparsity=0.5, uq="msp", epochs=0, risk=0.6, coverage=0.8, score="energy", ood_score="gen"
+    )
+    recipe = bundle.recipe
+    assert recipe["data"]["images"] == {"train": 100, "calibration": 300, "decision": 600, "test": 300}
+    assert recipe["answers"]["acceptance"]["from"] == "the decision split (half 1 of 2, 300 images)"
+    assert recipe["answers"]["sets"]["exact"]
+    assert "600 of them are the decision split" in recipe["data"]["calibration"]
+    assert (
+        "uncertainty = energy; ood_score = gen; of the dense columns"
+        in bundle.report.to_json()["conventions"]["scores"]
+    )
+    # The rules are those of the splits as they were divided, and the calibrator saw no other image.
+    divided = cuq.set_aside(given, rules=2)
+    again = cuq.calibrate(bundle.model, divided)
+    assert float(again.calibrator.log_temperature) == pytest.approx(
+        float(bundle.model.calibrator.log_temperature), abs=1e-5
+    )
+    again = cuq.decide(again, divided, risk=0.6, coverage=0.8)
+    assert float(again.acceptance.threshold) == pytest.approx(float(bundle.model.acceptance.threshold), abs=1e-5)
+
+
+def test_what_cannot_be_certified_after_training_costs_the_rule_and_no_more(network):
+    given = cuq.Splits(train=world(network, 100, 4), calibration=world(network, 300, 5), test=world(network, 100, 6))
+    bundle = cuq.compress(network, given, sparsity=0.5, uq="msp", epochs=0, risk=0.04, coverage=0.8)
+    assert (bundle.model.acceptance, bundle.model.sets is None) == (None, False)
+    (warning,) = (w for w in bundle.report.to_json()["warnings"] if "without a decision rule" in w)
+    assert "compressed goes without" in warning
+    assert "the smallest is" in warning
 
 
 def test_the_command_line_decides_from_prune_to_predict(command, checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """Scores against their formulas in float64 and outside implementations, how one is chosen, and that each is exported."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import compress_uq as cuq
 from compress_uq.cost import Cost
 from compress_uq.data import balanced_sample
 from compress_uq.errors import DataError, InputError, UncertaintyError, UnknownNameError
+from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.runtime import OnnxPredictor
 from compress_uq.scores import (
     KNN,
@@ -193,6 +196,19 @@ def test_feature_scores_equal_pytorch_ood():
     # Its covariances are sums over images, not means.
     rmd = detector.RMD(None).fit_features(bank, labels).predict_features(given)
     assert np.allclose(RelativeMahalanobis.fit(training)(asked) / 600, rmd, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCORES.names)
+def test_a_score_is_restored_from_its_tensors_and_options(name):
+    training = toy(2)
+    features, logits = strangers(training)
+    given = answers(np.full((40, 5), 0.2, np.float32), logits, features)
+    fitted = SCORES[name].fit(training)
+    state = {f"ood_score.{key}": value for key, value in fitted.state_dict().items()}
+    record = json.loads(json.dumps(fitted_record(fitted)))
+    again = restore_fitted(SCORES, record, state, "ood_score.")
+    assert torch.equal(fitted(given), again(given))
+    assert again.options == fitted.options
 
 
 def test_what_features_do_not_allow_is_refused():

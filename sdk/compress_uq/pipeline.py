@@ -28,7 +28,7 @@ from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, prune, pruning_share, resolve_criterion
-from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
+from compress_uq.report import Evaluation, ReportCard, broken, evaluate, onnx_milliseconds
 from compress_uq.search import Budget, SearchResult, search_sparsity
 from compress_uq.shrinking import prune_and_finetune
 from compress_uq.stages import ModelOrResult, Origin, unpack
@@ -232,7 +232,7 @@ def compress(
         for name, module in dense.named_modules():
             module.training = dense_mode[name]
 
-    warnings += _suspicions(uncertain, splits, evaluation)
+    warnings += _suspicions(uncertain, splits, evaluation) + broken(evaluation.decisions, uncertain.record)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),

@@ -1,7 +1,7 @@
 """Measuring models and showing them side by side."""
 
 from compress_uq.report.card import ReportCard, Requirement, markdown, table_rows
-from compress_uq.report.decisions import DECISIONS
+from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
 
@@ -11,6 +11,7 @@ __all__ = [
     "Evaluation",
     "ReportCard",
     "Requirement",
+    "broken",
     "evaluate",
     "layer_pages",
     "markdown",

@@ -10,7 +10,7 @@ import numpy as np
 from compress_uq.metrics import Figure
 from compress_uq.types import Prediction
 
-__all__ = ["DECISIONS", "decision_figures", "guarantees", "wilson"]
+__all__ = ["DECISIONS", "broken", "decision_figures", "guarantees", "wilson"]
 
 DECISIONS: Mapping[str, str] = {
     "acceptance_coverage": "share of images accepted",
@@ -63,6 +63,23 @@ def guarantees(answers: Mapping[str, Any]) -> dict[str, str]:
             f"{rule['rule']}: holds the label with probability at least {rule['coverage']:g} {_from(rule)}"
         )
     return said
+
+
+def broken(figures: Mapping[str, Figure], answers: Mapping[str, Any]) -> list[str]:
+    """Promises that a measurement contradicts, its whole interval lying beyond them, in words."""
+    found = []
+    risk, coverage = figures.get("selective_risk"), figures.get("set_coverage")
+    if risk is not None and "acceptance" in answers and risk.low > answers["acceptance"]["risk"]:
+        found.append(
+            f"the risk of accepted answers is {risk.value:.4f} on test and was to be at most "
+            f"{answers['acceptance']['risk']:g}: test images are unlike those that the rule was fitted on"
+        )
+    if coverage is not None and "sets" in answers and coverage.high < answers["sets"]["coverage"]:
+        found.append(
+            f"prediction sets hold {coverage.value:.4f} of the labels on test and were to hold "
+            f"{answers['sets']['coverage']:g}: test images are unlike those that the rule was fitted on"
+        )
+    return found
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> Figure:

@@ -103,7 +103,9 @@ class CompressKind(Kind[CompressSettings]):
         return name in _HIGHER or (name in METRICS and METRICS[name] == "higher")
 
 
-_HIGHER = ("sparsity", "sparsity_reached", "worst_class_accuracy")
+_HIGHER = (
+    "sparsity", "sparsity_reached", "worst_class_accuracy", "acceptance_coverage", "set_coverage", "set_singletons",
+)  # fmt: skip
 
 
 @dataclass
