@@ -25,6 +25,7 @@ LAYERS = [
     {"pruning", "uq", "calibration", "scores", "decisions"},
     {"uncertain", "structure"},
     {"steps", "report", "export"},
+    {"choosing", "deciding"},
     {"shrinking", "held_out", "finishing"},
     {"search", "compression"},
     {"layer_sensitivity"},
@@ -98,7 +99,9 @@ def test_public_names():
         cuq.no_such  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["metrics", "uq", "pruning", "calibration", "models", "data", "export", "report"])
+@pytest.mark.parametrize(
+    "module", ["metrics", "uq", "pruning", "calibration", "scores", "decisions", "models", "data", "export", "report"]
+)
 def test_every_public_object_has_a_docstring(module):
     loaded = importlib.import_module(f"compress_uq.{module}")
     for name in loaded.__all__:

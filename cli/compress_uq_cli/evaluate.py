@@ -63,6 +63,7 @@ def evaluate(
         for name, figures in measured.ood.items()
         for kind, f in figures.items()
     ]
+    rows += [[n, f"{f.value:.4f}", f"[{f.low:.4f}, {f.high:.4f}]"] for n, f in measured.decisions.items()]
     show_table(f"{artifact} on {splits.info.name}, {len(measured.labels)} images", ["", "value", "95 %"], rows)
     if json:
         print_json(measured.to_json())

@@ -31,6 +31,10 @@ Ood = Annotated[
 Dropout = Annotated[float | None, typer.Option(help="Dropout rate, above 0 and below 1.")]
 UqOption = Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the method; repeatable.")]
 DropoutAt = Annotated[str | None, typer.Option(help="auto, or modules to drop after: names or patterns.")]
+ValidationOod = Annotated[
+    list[str] | None,
+    typer.Option(help="An out-of-distribution set to choose a score on, never reported on; repeatable."),
+]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training, 0 or more.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
@@ -47,7 +51,7 @@ UnsafeLoad = Annotated[
 
 
 _REPEATED = frozenset(
-    {"ood", "require", "arch_option", "keep", "budget", "criterion_option", "schedule_option", "uq_option"}
+    "ood validation_ood require arch_option keep budget criterion_option schedule_option uq_option".split()
 )
 
 

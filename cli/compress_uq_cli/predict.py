@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,11 +42,31 @@ def predict(
                 name: float(getattr(answers, name)[i])
                 for name in ("confidence", "uncertainty", "entropy", "mutual_information", "variance", "ood_score")
             },
+            **_decided(answers, labels, i),
         }
         for i, file in enumerate(files)
     ]
-    shown = ("file", "label", "confidence", "uncertainty", "mutual_information", "ood_score")
-    rows = [[str(r[c]) if isinstance(r[c], str) else f"{r[c]:.4f}" for c in shown] for r in results]
+    always = ("file", "label", "confidence", "uncertainty", "mutual_information", "ood_score")
+    shown = (*always, *(name for name in ("accepted", "prediction_set") if name in results[0]))
+    rows = [[_text(result[column]) for column in shown] for result in results]
     show_table(f"{artifact}", shown, rows)
     if json:
         print_json(results)
+
+
+def _decided(answers: cuq.Prediction, labels: Sequence[str], image: int) -> dict[str, Any]:
+    """Whether the answer is accepted, and the names of the classes in its set, as far as there are rules."""
+    decided: dict[str, Any] = {}
+    if answers.accepted is not None:
+        decided["accepted"] = bool(answers.accepted[image])
+    if answers.prediction_set is not None:
+        decided["prediction_set"] = [labels[k] for k in answers.prediction_set[image].nonzero()[0]]
+    return decided
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:.4f}"

@@ -60,6 +60,18 @@ def prune(
         float | None, typer.Option(help="For mask-ensemble: above 1; the larger, the less the masks overlap.")
     ] = None,
     calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
+    score: Annotated[str, typer.Option(help="Behind the uncertainty: a score's name; see `methods`.")] = "confidence",
+    ood_score: Annotated[
+        str, typer.Option(help="Behind the OOD score: a score's name, or auto: chosen on --validation-ood.")
+    ] = "entropy",
+    risk: Annotated[
+        float | None, typer.Option(help="Accept answers so that at most this share of them is wrong, certified.")
+    ] = None,
+    risk_delta: Annotated[float, typer.Option(help="Probability that the risk is exceeded after all.")] = 0.05,
+    coverage: Annotated[
+        float | None, typer.Option(help="Name sets of classes that hold the truth with this probability.")
+    ] = None,
+    sets: Annotated[str, typer.Option(help="How the sets are made: lac or raps.")] = "lac",
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,
@@ -76,6 +88,7 @@ def prune(
     mean: o.Mean = None,
     std: o.Std = None,
     ood: o.Ood = None,
+    validation_ood: o.ValidationOod = None,
     out: Annotated[Path | None, typer.Option(help="The bundle; by default the model's stem with -compressed.")] = None,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
@@ -131,6 +144,7 @@ def prune(
         mean=o.numbers(mean, "--mean"),
         std=o.numbers(std, "--std"),
         ood=ood or (),
+        validation_ood=validation_ood or (),
         unsafe=unsafe_load,
     )
     planned = cuq.pruning.configured_schedule(schedule, o.pairs(schedule_option, "--schedule-option"))
@@ -145,6 +159,12 @@ def prune(
         "initial": cuq.initial_model(initial, opened.checkpoint, planned),
         "uq": method,
         "calibration": calibration,
+        "score": score,
+        "ood_score": ood_score,
+        "risk": risk,
+        "risk_delta": risk_delta,
+        "coverage": coverage,
+        "sets": sets,
     }
     models = list(opened.checkpoint.models)
     with progress() as callback:

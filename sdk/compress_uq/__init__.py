@@ -11,10 +11,26 @@ from typing import TYPE_CHECKING, Any
 from compress_uq._version import __version__
 
 if TYPE_CHECKING:
-    from compress_uq import calibration, data, errors, metrics, models, pipeline, pruning, report, runtime, study, uq
+    from compress_uq import (
+        calibration,
+        data,
+        decisions,
+        errors,
+        metrics,
+        models,
+        pipeline,
+        pruning,
+        report,
+        runtime,
+        scores,
+        study,
+        uq,
+    )
     from compress_uq.bundle import Bundle, verify_files
+    from compress_uq.choosing import choose_scores
     from compress_uq.config import TrainingConfig, from_toml, to_toml
-    from compress_uq.data import DataInfo, Splits, hold_out, load_splits
+    from compress_uq.data import DataInfo, Splits, hold_out, load_splits, set_aside
+    from compress_uq.deciding import decide
     from compress_uq.errors import CompressUQError, InputError
     from compress_uq.export import export_onnx
     from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
@@ -57,8 +73,10 @@ _HOME = {
     "build_model": "models",
     "calibrate": "steps",
     "catalogue": "listing",
+    "choose_scores": "choosing",
     "compress": "pipeline",
     "configure_method": "inputs",
+    "decide": "deciding",
     "evaluate": "report",
     "export_onnx": "export",
     "finetune": "steps",
@@ -83,6 +101,7 @@ _HOME = {
     "save_model": "models",
     "search_sparsity": "search",
     "sensitivity": "layer_sensitivity",
+    "set_aside": "data",
     "to_toml": "config",
     "train_dense": "inputs",
     "verify": "verification",
@@ -91,6 +110,7 @@ _HOME = {
 _MODULES = (
     "calibration",
     "data",
+    "decisions",
     "errors",
     "metrics",
     "models",
@@ -98,6 +118,7 @@ _MODULES = (
     "pruning",
     "report",
     "runtime",
+    "scores",
     "study",
     "uq",
 )
@@ -127,9 +148,12 @@ __all__ = [
     "calibrate",
     "calibration",
     "catalogue",
+    "choose_scores",
     "compress",
     "configure_method",
     "data",
+    "decide",
+    "decisions",
     "errors",
     "evaluate",
     "export_onnx",
@@ -159,8 +183,10 @@ __all__ = [
     "run_study",
     "runtime",
     "save_model",
+    "scores",
     "search_sparsity",
     "sensitivity",
+    "set_aside",
     "study",
     "to_toml",
     "train_dense",

@@ -263,7 +263,7 @@ def _structure(model: UncertainModel, dense: nn.Module, architecture: Architectu
 
 
 def _fitted(model: UncertainModel) -> dict[str, Any]:
-    return {part: fitted_record(getattr(model, part)) for part in _PARTS}
+    return {**{part: fitted_record(getattr(model, part)) for part in _PARTS}, "record": model.record}
 
 
 def _dense(
@@ -292,6 +292,7 @@ def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> 
         method.restore(networks, structure["members"]),
         method,
         _origin(structure["origin"]),
+        record=structure.get("record"),
         **{part: restore_fitted(registry, structure[part], state, f"{part}.") for part, registry in _PARTS.items()},
     )
     try:

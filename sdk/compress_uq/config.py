@@ -68,6 +68,23 @@ class AnswerConfig:
 
     calibration: str = "temperature"
     """A calibrator's name."""
+    score: str = "confidence"
+    """Behind `uncertainty`: a score's name."""
+    ood_score: str = "entropy"
+    """Behind `ood_score`: a score's name, or `auto`, which chooses on out-of-distribution sets of its own."""
+    risk: float | None = None
+    """Largest share of wrong answers among the accepted ones; None accepts nothing and refuses nothing."""
+    coverage: float | None = None
+    """How often the truth is in the prediction set at least; None names no sets."""
+    risk_delta: float = 0.05
+    """Probability that the risk is exceeded after all."""
+    sets: str = "lac"
+    """How prediction sets are made: `lac` or `raps`."""
+
+    @property
+    def rules(self) -> int:
+        """How many decision rules are asked for."""
+        return (self.risk is not None) + (self.coverage is not None)
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:

@@ -8,6 +8,7 @@ CompressUQError
 │   ├── PruningError        nothing to prune, or a sparsity that cannot be
 │   ├── UncertaintyError    a method that cannot act on this model
 │   ├── CalibrationError    nothing to calibrate with
+│   ├── DecisionError       a risk or coverage that the images cannot certify
 │   └── ArtifactError       a bundle or an .onnx file that is damaged, foreign or does not keep its promises
 ├── MissingDependencyError  an optional library that is not installed, or two that clash
 ├── GateError               an exported graph failed a gate: the file was not kept
@@ -24,6 +25,7 @@ __all__ = [
     "CalibrationError",
     "CompressUQError",
     "DataError",
+    "DecisionError",
     "GateError",
     "InputError",
     "MissingDependencyError",
@@ -72,6 +74,10 @@ class UncertaintyError(InputError):
 
 class CalibrationError(InputError):
     """Nothing to calibrate with, or a calibrator used before it was fitted."""
+
+
+class DecisionError(InputError):
+    """A risk or coverage that cannot be certified, or a decision rule used before it was fitted."""
 
 
 class ArtifactError(InputError):

@@ -45,6 +45,7 @@ def open_model_and_data(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     ood: Sequence[str] = (),
+    validation_ood: Sequence[str] = (),
     unsafe: bool = False,
     reserve: bool = True,
 ) -> ModelAndData:
@@ -72,6 +73,7 @@ def open_model_and_data(
         std=std or opened.recorded("std"),
         input_shape=None if recorded_shape is None else tuple(recorded_shape),
         ood=ood,
+        validation_ood=validation_ood,
         record=record,
         reserve=reserve,
     )

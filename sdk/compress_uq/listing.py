@@ -6,11 +6,13 @@ from typing import Any
 
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.data import AUGMENTATIONS, DATASETS, MADE_SETS
+from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.export import EXPORTERS
 from compress_uq.metrics import METRICS
 from compress_uq.models import ARCHITECTURES
 from compress_uq.pruning import CRITERIA, SCHEDULES
 from compress_uq.registry import Registry
+from compress_uq.scores import SCORES
 from compress_uq.uq import METHODS
 
 __all__ = ["REGISTRIES", "catalogue"]
@@ -20,6 +22,9 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "schedules": SCHEDULES,
     "uq": METHODS,
     "calibrators": CALIBRATORS,
+    "scores": SCORES,
+    "acceptance_rules": ACCEPTANCE_RULES,
+    "set_rules": SET_RULES,
     "metrics": METRICS,
     "exporters": EXPORTERS,
     "architectures": ARCHITECTURES,

@@ -1,6 +1,7 @@
 """The whole product, top to bottom.
 
-model + splits -> prune -> fine-tune -> fit uncertainty -> calibrate -> export -> evaluate -> report card -> bundle
+model + splits -> prune -> fine-tune -> fit uncertainty -> calibrate -> choose scores -> decide
+-> evaluate -> export -> report card -> bundle
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import nn
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
 from compress_uq.calibration import Identity
-from compress_uq.compression import Compression
+from compress_uq.compression import Compressed, Compression
 from compress_uq.config import AnswerConfig, TrainingConfig
-from compress_uq.data import ImageDataset, Splits, identical_images
+from compress_uq.data import ImageDataset, Splits, identical_images, set_aside
 from compress_uq.errors import DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
 from compress_uq.finishing import AnswerOptions, check_answers
@@ -30,7 +31,7 @@ from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, pruning_share, resolve_criterion
-from compress_uq.report import Evaluation, ReportCard, evaluate, onnx_milliseconds
+from compress_uq.report import Evaluation, ReportCard, broken, evaluate, onnx_milliseconds
 from compress_uq.search import Budget, SearchResult, search_sparsity
 from compress_uq.shrinking import Shrunk, prune_networks
 from compress_uq.stages import ModelsOrResults, Origin, unpack_all
@@ -94,14 +95,16 @@ def plan_compression(
     method = resolve_method(uq).of_models(len(models))
     splits.require("test", "the report card")
     check_answers(answers, splits)
+    splits = set_aside(splits, rules=answers.rules)
     for number, dense in enumerate(models, 1):
         refuse_non_finite(dense, "the model" if len(models) == 1 else f"model {number}")
         _refuse_unlike(models[0], dense, number)
     search = None
     if budget:
+        # What chooses the size and what certifies the result do not look at the same images.
         search = search_sparsity(
-            model, splits, budget, pruning=pruning, method=method, calibration=answers.calibration, training=config,
-            augment=augment, progress=progress,
+            model, replace(splits, decision=None) if answers.rules else splits, budget, pruning=pruning, method=method,
+            calibration=answers.calibration, training=config, augment=augment, progress=progress,
         )  # fmt: skip
         pruning = {**pruning, "sparsity": search.sparsity}
     share = pruning_share(pruning)
@@ -149,7 +152,8 @@ def compress(
     Args:
         model: the trained classifier, or several of one architecture, each of which becomes a member of an `ensemble`;
             they are not changed. An ensemble of one model is made by pruning and fine-tuning it several times.
-        splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`.
+        splits: needs `train` (unless `epochs=0`), `calibration` (unless calibration is `none`) and `test`; a decision
+            split is set aside of calibration where there is none and a rule is asked for.
         uq: uncertainty method, a name or configured, such as `MCDropout(p=0.1, samples=20)`.
         training: how to fine-tune. A criterion or schedule that trains takes its share of these epochs.
         budget: in place of a size: what the model may lose, such as `accuracy_drop<=0.01`; see `search_sparsity`.
@@ -159,7 +163,8 @@ def compress(
         progress: called as the work goes on.
         work_dir: a folder where training keeps its state, to resume from after an interruption.
         options: what is removed, as `prune` takes it (`sparsity` or `target`, `criterion`, `scope`, `round_to`, `keep`,
-            `schedule`, `initial`), and fields of `TrainingConfig` and of `AnswerConfig` (`calibration`) by name.
+            `schedule`, `initial`), and fields of `TrainingConfig` and of `AnswerConfig` (`calibration`, `score`,
+            `ood_score`, `risk`, `coverage`, `risk_delta`, `sets`) by name.
 
     Raises:
         InputError: whatever is wrong with the inputs, before anything is trained where it can be told.
@@ -171,6 +176,7 @@ def compress(
         plan = plan_compression(
             model, splits, uq=uq, training=training, budget=budget, progress=progress, **options
         )  # fmt: skip
+    splits = set_aside(splits, rules=plan.answers.rules)
     architecture = _architecture(arch, splits, plan.pruned.origin)
     if architecture is not None:
         _refuse_misfit(architecture, models[0])
@@ -188,7 +194,7 @@ def compress(
         compressed = run.compressed(plan.networks)
         dense_calibrated_evaluation = run.measured(run.dense_calibrated(compressed), "dense calibrated")
         recipe = {
-            **_recipe(plan, compressed.networks, config, splits, architecture),
+            **_recipe(plan, compressed, config, splits, architecture),
             "calibration_choice": compressed.model.calibrator.choice,
         }
         evaluation = _with_cost(run.measured(compressed.model, "compressed"), training_seconds=compressed.seconds)
@@ -211,6 +217,7 @@ def compress(
             control_evaluation = _with_cost(run.measured(control_model, "control"), training_seconds=seconds)
 
     run.warnings += suspicions(compressed.model, splits, evaluation)
+    run.warnings += broken(evaluation.decisions, compressed.model.record)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),
@@ -250,13 +257,14 @@ def _outline(pruning: PruningOptions) -> PruningOptions:
 
 def _recipe(
     plan: CompressionPlan,
-    networks: Sequence[Shrunk],
+    compressed: Compressed,
     config: TrainingConfig,
     splits: Splits,
     architecture: Architecture | None,
 ) -> dict[str, Any]:
     """All that a run can be repeated from; plain values."""
-    info, pruned = splits.info, networks[0].pruned
+    info, networks, uncertain = splits.info, compressed.networks, compressed.model
+    pruned = networks[0].pruned
     resolved = info.augment if config.augment == "auto" else config.augment
     sizes = {p: len(s) for p in ("train", "calibration", "decision", "test") if (s := getattr(splits, p)) is not None}
     recipe = {
@@ -269,6 +277,7 @@ def _recipe(
             "mean": info.mean,
             "std": info.std,
             "ood": {name: len(dataset) for name, dataset in splits.ood.items()},  # type: ignore[arg-type]
+            "validation_ood": {name: len(dataset) for name, dataset in splits.validation_ood.items()},  # type: ignore[arg-type]
         },
         "pruning": {
             **pruned.settings,
@@ -281,6 +290,7 @@ def _recipe(
         "members": [_member(network) for network in networks] if len(networks) > 1 else [],
         "uncertainty": {**plan.uncertainty, "options": vars(plan.method)},
         **asdict(plan.answers),
+        "answers": {"score": uncertain.score.name, "ood_score": uncertain.ood_score.name, **uncertain.record},
         "training": {**asdict(config), "augment": resolved},
         "seed": config.seed,
     }

@@ -12,8 +12,9 @@ from torch import Tensor
 from compress_uq.data import ImageDataset, batches
 from compress_uq.errors import ModelError
 from compress_uq.progress import Progress, ProgressCallback, silent
+from compress_uq.types import Prediction
 
-__all__ = ["collect", "default_batch_size"]
+__all__ = ["collect", "collect_predictions", "default_batch_size"]
 
 
 def default_batch_size(shape: Sequence[int]) -> int:
@@ -58,6 +59,35 @@ def collect(
             labels.append(truth.numpy())
             progress(Progress(stage, step + 1, total))
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True)), np.concatenate(labels)
+
+
+def collect_predictions(
+    model: Callable[[Tensor], Prediction],
+    dataset: ImageDataset,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+    workers: int = 0,
+    progress: ProgressCallback = silent,
+    stage: str = "predicting",
+) -> tuple[Prediction, np.ndarray]:
+    """What a model or an exported file says of every image, as one `Prediction` of arrays, and the labels (N,).
+
+    Raises:
+        DataError: images hold NaN.
+        ModelError: the model does not run on these images.
+    """
+    names: list[str] = []
+
+    def answer(images: Tensor) -> Prediction:
+        prediction = model(images)
+        names[:] = [name for name, field in zip(Prediction._fields, prediction, strict=True) if field is not None]
+        return prediction
+
+    fields, labels = collect(
+        answer, dataset, device=device, batch_size=batch_size, workers=workers, progress=progress, stage=stage
+    )
+    return Prediction(**dict(zip(names, fields, strict=True))), labels
 
 
 def _array(field: Any) -> np.ndarray:

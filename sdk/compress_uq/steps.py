@@ -236,7 +236,8 @@ def calibrate(
         )
     check_name(method)
     # Thresholds hold for the probabilities that they were fitted on, and for no others.
-    parts = {"acceptance": None, "sets": None}
+    record = {name: value for name, value in model.record.items() if name not in ("acceptance", "sets")}
+    parts = {"acceptance": None, "sets": None, "record": record}
     if method == "none":
         return model.but(calibrator=Identity(), **parts)
     dataset = splits.require("calibration", f"calibration {method!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from compress_uq.stages import Origin
 from compress_uq.types import Prediction
 from compress_uq.uq import MSP, Ensemble, Members, Method, Trained
 
-__all__ = ["UncertainModel", "as_given", "summarise"]
+__all__ = ["UncertainModel", "answers_of", "as_given", "summarise"]
 
 _TINY = 1e-12
 
@@ -39,6 +39,7 @@ class UncertainModel(nn.Module):
         ood_score: Score | None = None,
         acceptance: AcceptanceRule | None = None,
         sets: SetRule | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.members = members
@@ -47,6 +48,8 @@ class UncertainModel(nn.Module):
         self.ood_score: Score = ood_score or Entropy()
         self.acceptance, self.sets = acceptance, sets
         self.method, self.origin = method, origin
+        self.record: dict[str, Any] = dict(record or {})
+        """How scores and rules were found, and on which images; plain values."""
         self.train(False)
 
     def train(self, mode: bool = True) -> UncertainModel:
@@ -54,7 +57,7 @@ class UncertainModel(nn.Module):
         return super().train(False)
 
     def but(self, **parts: Any) -> UncertainModel:
-        """A copy with other parts: `calibrator`, `score`, `ood_score`, `acceptance`, `sets`."""
+        """A copy with other parts: `calibrator`, `score`, `ood_score`, `acceptance`, `sets`, `record`."""
         other = copy.deepcopy(self)
         for name, part in parts.items():
             setattr(other, name, part)
@@ -97,7 +100,26 @@ def summarise(
     acceptance: AcceptanceRule | None = None,
     sets: SetRule | None = None,
 ) -> Prediction:
-    """The figures of `Prediction` from members' logits (T, N, K) as they come, in float32.
+    """The figures of `Prediction` from members' logits (T, N, K) as they come, in float32."""
+    answers = answers_of(logits, features, calibrator)
+    confidence, label = answers.probabilities.max(1)
+    uncertainty = (score or Confidence())(answers)
+    return Prediction(
+        probabilities=answers.probabilities,
+        label=label,
+        confidence=confidence,
+        uncertainty=uncertainty,
+        entropy=answers.entropy,
+        mutual_information=answers.mutual_information,
+        variance=answers.variance,
+        ood_score=(ood_score or Entropy())(answers),
+        accepted=None if acceptance is None else acceptance(uncertainty),
+        prediction_set=None if sets is None else sets(answers.probabilities),
+    )
+
+
+def answers_of(logits: Tensor, features: Tensor | None = None, calibrator: Calibrator | None = None) -> Answers:
+    """What scores look at, from members' logits (T, N, K) as they come, in float32.
 
     Mutual information is H(mean p) - mean H(p) (Smith and Gal 2018, equation 3), 0 for one member, taken from the
     members as they enter the mean, before a calibrator that acts on the mean.
@@ -108,7 +130,7 @@ def summarise(
     members = log_members.exp()
     mean = members.mean(0)
     probabilities = calibrator.probabilities(mean)
-    confidence, label = probabilities.max(1)
+    label = probabilities.argmax(1)
     entropy = _entropy(probabilities)
     if len(logits) == 1:
         mutual_information = variance = entropy * 0
@@ -119,20 +141,7 @@ def summarise(
         index = label.reshape(1, -1, 1).expand(len(logits), -1, 1)
         chosen = members.gather(2, index).squeeze(2)
         variance = (chosen - chosen.mean(0, keepdim=True)).square().mean(0)
-    answers = Answers(raw, probabilities, entropy, mutual_information, variance, features)
-    uncertainty = (score or Confidence())(answers)
-    return Prediction(
-        probabilities=probabilities,
-        label=label,
-        confidence=confidence,
-        uncertainty=uncertainty,
-        entropy=entropy,
-        mutual_information=mutual_information,
-        variance=variance,
-        ood_score=(ood_score or Entropy())(answers),
-        accepted=None if acceptance is None else acceptance(uncertainty),
-        prediction_set=None if sets is None else sets(probabilities),
-    )
+    return Answers(raw, probabilities, entropy, mutual_information, variance, features)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

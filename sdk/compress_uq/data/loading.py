@@ -8,7 +8,7 @@ training set is contaminated, and a class-balanced fifth of the test split is ta
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from compress_uq.data.folders import ImageFiles, class_folders, default_normalis
 from compress_uq.data.images import ImageTensors, Normalisation
 from compress_uq.data.named import DATASETS
 from compress_uq.data.ood import ood_set
-from compress_uq.data.splits import DataInfo, Splits, labels_of, take_class_balanced
+from compress_uq.data.splits import DataInfo, ImageDataset, Splits, labels_of, take_class_balanced
 from compress_uq.errors import DataError, UnknownNameError
 from compress_uq.models import DataRecord, import_callable
 
@@ -65,6 +65,7 @@ def load_splits(
     std: Sequence[float] | None = None,
     input_shape: tuple[int, ...] | None = None,
     ood: Sequence[str] = (),
+    validation_ood: Sequence[str] = (),
     record: DataRecord | None = None,
     reserve: bool = True,
     seed: int = 0,
@@ -77,6 +78,7 @@ def load_splits(
         mean, std: per channel, of pixels in 0..1; by default those of the set.
         input_shape: (C, H, W) that images of a folder are brought to; by default their own size.
         ood: out-of-distribution sets to report on: names or folders.
+        validation_ood: others, on which a score may be chosen; those made of other images are made of held-out ones.
         record: what the checkpoint remembers of its training data; None for weights from elsewhere.
         reserve: set calibration images aside; False leaves the test split whole, for a model that is only measured.
         seed: draws the splits that are drawn.
@@ -91,7 +93,7 @@ def load_splits(
         splits, default_ood = source.splits(), source.ood
     if reserve:
         splits = _calibration_rule(splits, record, seed)
-    return _with_ood(splits, ood or default_ood, Path(root))
+    return _with_ood(splits, ood or default_ood, validation_ood, Path(root))
 
 
 def hold_out(splits: Splits, *, seed: int = 0) -> Splits:
@@ -217,17 +219,34 @@ def _from_callable(name: str, mean: Sequence[float] | None, std: Sequence[float]
     return replace(splits, info=info)
 
 
-def _with_ood(splits: Splits, names: Sequence[str], root: Path) -> Splits:
-    if not names:
-        return splits
+def _with_ood(splits: Splits, names: Sequence[str], validation: Sequence[str], root: Path) -> Splits:
+    """The sets that figures are reported on, made from test images where they are made, and those that are not."""
+    if names:
+        test = splits.require("test", "an out-of-distribution figure")
+        splits = replace(splits, ood=_sets(splits, names, splits.ood, test, root))
+    if validation:
+        held_out = splits.decision or splits.calibration or splits.require("test", "an out-of-distribution set")
+        for name in validation:
+            if name in splits.ood:
+                raise DataError(
+                    f"--validation-ood {name} is reported on too: a score is not chosen on what it is "
+                    "measured on, pass another set"
+                )
+        splits = replace(splits, validation_ood=_sets(splits, validation, splits.validation_ood, held_out, root))
+    return splits
+
+
+def _sets(
+    splits: Splits, names: Sequence[str], known: Mapping[str, ImageDataset], images: ImageDataset, root: Path
+) -> dict[str, ImageDataset]:
+    """The known sets and those that are named, in the form of the images."""
     info = splits.info
     normalisation = None if info.mean is None or info.std is None else (info.mean, info.std)
-    test = splits.require("test", "an out-of-distribution figure")
-    shape = tuple(test[0][0].shape)
-    sets = dict(splits.ood)
+    shape = tuple(images[0][0].shape)
+    sets = dict(known)
     for reference in names:
-        name, dataset = ood_set(reference, test=test, shape=shape, normalisation=normalisation, root=root)
+        name, dataset = ood_set(reference, test=images, shape=shape, normalisation=normalisation, root=root)
         if name in sets:
             raise DataError(f"two out-of-distribution sets are called {name!r}: rename a folder")
         sets[name] = dataset
-    return replace(splits, ood=sets)
+    return sets

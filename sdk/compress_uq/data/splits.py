@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from compress_uq.errors import DataError
 
-__all__ = ["DataInfo", "ImageDataset", "Splits", "labels_of", "take_class_balanced"]
+__all__ = ["DataInfo", "ImageDataset", "Splits", "labels_of", "shared_images", "take_class_balanced"]
 
 ImageDataset = Dataset[Any]
 """A torch Dataset of (image (C, H, W) float, label int)."""
@@ -149,6 +149,18 @@ def image_keys(dataset: ImageDataset, limit: int) -> list[bytes] | None:
     if count * dataset[0][0].numel() > limit:
         return None
     return [hashlib.blake2b(dataset[i][0].numpy().tobytes(), digest_size=12).digest() for i in range(count)]
+
+
+def shared_images(first: ImageDataset, second: ImageDataset, limit: int = 400_000_000) -> bool:
+    """Whether an image stands in both: the same index of one data set, or the same pixels where they can be compared
+    (sets of up to `limit` values)."""
+    (base, indices), (other, others) = _base_indices(first), _base_indices(second)
+    if base is other:
+        return not set(indices).isdisjoint(others)
+    if first[0][0].shape != second[0][0].shape:
+        return False
+    keys = image_keys(first, limit), image_keys(second, limit)
+    return keys[0] is not None and keys[1] is not None and not set(keys[0]).isdisjoint(keys[1])
 
 
 def identical_images(splits: Splits, limit: int = 400_000_000) -> dict[str, int]:

@@ -12,8 +12,10 @@ import numpy as np
 import onnx
 import torch
 
-from compress_uq.errors import ArtifactError, GateError
+from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES, Rule
+from compress_uq.errors import ArtifactError, GateError, InputError
 from compress_uq.export.graph import OPSET
+from compress_uq.registry import Registry
 from compress_uq.runtime import METADATA_PREFIX, session
 from compress_uq.types import DECISION_NAMES, OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel
@@ -25,6 +27,12 @@ TOLERANCE = 1e-4
 
 _IN_UNIT = ("probabilities", "confidence", "variance")
 """Outputs between 0 and 1, held to the tolerance as it stands; the others to ten times that share of their size."""
+
+_DECIDED_ON: dict[str, tuple[str, Registry[Any]]] = {
+    "accepted": ("uncertainty", ACCEPTANCE_RULES),
+    "prediction_set": ("probabilities", SET_RULES),
+}
+"""What a decision looks at, and where its rule is found."""
 
 _ROUNDING = 1e-13
 """Variance that float32 leaves among equal members: the square of a rounding error of a probability."""
@@ -59,6 +67,8 @@ class GateInput:
     """False where each call draws anew."""
     expected: list[np.ndarray] | None
     """Torch's answers to `feed`; None without a torch model."""
+    rules: Mapping[str, Rule]
+    """The rules behind the decisions, as the file records them."""
 
 
 def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
@@ -90,8 +100,21 @@ def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
         json.loads(recorded["samples"]),
         json.loads(recorded["sampling"]) != "random",
         expected,
+        _recorded_rules(json.loads(recorded.get("thresholds", "{}")), proto),
     )
     return {name: gate(given) for name, gate in GATES.items()}
+
+
+def _recorded_rules(thresholds: Mapping[str, Any], proto: onnx.ModelProto) -> dict[str, Rule]:
+    """The rules behind a file's decisions, from its metadata."""
+    decided = [output.name for output in proto.graph.output if output.name in DECISION_NAMES]
+    try:
+        return {
+            name: _DECIDED_ON[name][1][found["rule"]](found["options"], threshold=torch.tensor(found["threshold"]))
+            for name, found in ((name, thresholds[name]) for name in decided)
+        }
+    except (KeyError, TypeError, InputError) as error:
+        raise ArtifactError(f"the ONNX file does not say how it decides: {error}") from error
 
 
 def _feed(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -201,13 +224,26 @@ def _agree(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.n
                 raise GateError(f"gate {gate!r}: labels differ")
             continue
         if name in DECISION_NAMES:
-            continue  # compared by what they are decided on: a threshold tells apart what rounding does not
+            if (a != b)[_clear(given.rules[name], name, got, wanted)].any():
+                raise GateError(f"gate {gate!r}: {name} differs where nothing is near the threshold")
+            continue
         difference = float(np.abs(a.astype(np.float64) - b).max())
         allowed = TOLERANCE * (1 if name in _IN_UNIT else 10 * max(1.0, float(np.abs(b).max())))
         if not difference <= allowed:
             raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {allowed:.3g}")
         worst = max(worst, difference)
     return f"largest difference {worst:.2g}"
+
+
+def _clear(rule: Rule, name: str, got: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
+    """Where a decision does not hang on rounding: either side's values, and a threshold slightly higher or lower,
+    decide alike."""
+    place = OUTPUT_NAMES.index(_DECIDED_ON[name][0])
+    a, b = (torch.from_numpy(np.ascontiguousarray(side[place])) for side in (got, wanted))
+    shift = 10 * TOLERANCE * max(1.0, float(b.abs().max()))
+    low, high = (type(rule)(rule.options, threshold=rule.threshold + sign * shift)(b) for sign in (-1, 1))
+    clear: np.ndarray = ((low == high) & (rule(a) == rule(b))).numpy()
+    return clear
 
 
 def _margin(probabilities: np.ndarray) -> Any:

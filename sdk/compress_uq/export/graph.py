@@ -119,10 +119,11 @@ def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
         "data": origin.data,
         "reserved_data": origin.reserved,
         "thresholds": {
-            name: {**rule.options, **_state(rule)}
+            name: {"rule": rule.name, "options": rule.options, **_state(rule)}
             for name, rule in zip(DECISION_NAMES, (model.acceptance, model.sets), strict=True)
             if rule is not None
         },
+        "answers": model.record,
         "outputs": output_names(model),
         "macs": _macs(model),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,14 +1,17 @@
 """Measuring models and showing them side by side."""
 
 from compress_uq.report.card import ReportCard, Requirement, markdown, table_rows
+from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
 
 __all__ = [
+    "DECISIONS",
     "Cost",
     "Evaluation",
     "ReportCard",
     "Requirement",
+    "broken",
     "evaluate",
     "layer_pages",
     "markdown",

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress_uq.errors import InputError, UnknownNameError
 from compress_uq.metrics import METRICS, Figure
+from compress_uq.report.decisions import DECISIONS, guarantees
 from compress_uq.report.evaluation import Evaluation
 from compress_uq.report.page import render_page
 
@@ -23,7 +24,7 @@ CONVENTIONS = {
     "ause": "Holzbock algorithm 1, sign corrected: q = 0, 2 ... 98, oracle 1 - p[label], trapezoid with step 0.02",
     "ood": "out-of-distribution is the positive class; fpr95 at 95 % of them flagged; ood_auroc is the mean over sets",
     "intervals": "95 % percentile bootstrap, 1,000 resamples, widened to hold the figure; per class: Wilson",
-    "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
+    "decisions": "shares of test images; intervals: Wilson, and of set_size the normal approximation",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
     "samples": "fixed masks: of several draws the one that ranks calibration images, labels unseen, as many more do",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
@@ -92,7 +93,7 @@ class ReportCard:
             **{name: None if getattr(self, name) is None else getattr(self, name).to_json() for name in COLUMNS},
             "fidelity": None if self.fidelity is None else dict(self.fidelity),
             "recipe": dict(self.recipe),
-            "conventions": CONVENTIONS,
+            "conventions": {**CONVENTIONS, **_of_answers(self.recipe.get("answers", {}))},
             "warnings": list(self.warnings),
         }
 
@@ -111,6 +112,23 @@ class ReportCard:
         return [failure for failure in checked if failure is not None]
 
 
+def _of_answers(answers: Mapping[str, Any]) -> dict[str, str]:
+    """Which scores the columns answer with, and what their decisions promise."""
+    formulas = {"confidence": "1 - confidence"}
+    score, ood_score = answers.get("score", "confidence"), answers.get("ood_score", "entropy")
+    chosen = answers.get("ood_score_choice")
+    text = f"float32, from logits; uncertainty = {formulas.get(score, score)}; ood_score = {ood_score}"
+    if chosen is not None:
+        means = ", ".join(f"{name} {value:.4f}" for name, value in chosen["mean_auroc"].items())
+        text += (
+            f", chosen by its mean AUROC, {', '.join(chosen['validation_sets'])} against "
+            f"{chosen['in_distribution']}: {means}"
+        )
+    if (score, ood_score) != ("confidence", "entropy"):
+        text += "; of the dense columns 1 - confidence and entropy"
+    return {"scores": text, **guarantees(answers)}
+
+
 def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     """Rows of the card: a name, and a text per column; figures with their interval."""
     present = [name for name in COLUMNS if report[name] is not None]
@@ -123,6 +141,10 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
     for title, figure in (("OOD AUROC", "auroc"), ("OOD FPR95", "fpr95")):
         rows += [(f"{title} {s}", {c: _figure(report[c]["ood"].get(s, {}).get(figure)) for c in present}) for s in sets]
     rows += _fidelity_rows(report)
+    for name in DECISIONS:
+        texts = {c: _figure(report[c].get("decisions", {}).get(name)) for c in present}
+        if any(texts.values()):
+            rows.append((name, texts))
     rows.append(("parameters", {c: _count(report[c]["cost"]["parameters"]) for c in present}))
     rows.append(("MACs", {c: _count(report[c]["cost"]["macs"]) for c in present}))
     rows.append(("bytes", {c: _count(report[c]["cost"]["size_bytes"]) for c in present}))

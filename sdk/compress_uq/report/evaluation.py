@@ -17,8 +17,9 @@ from compress_uq.cost import interleaved_milliseconds, measure_cost, on_device
 from compress_uq.data import ImageDataset, Splits, check_labels
 from compress_uq.errors import ArtifactError
 from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy
-from compress_uq.predict import collect
+from compress_uq.predict import collect_predictions
 from compress_uq.progress import ProgressCallback, silent
+from compress_uq.report.decisions import decision_figures, wilson
 from compress_uq.runtime import OnnxPredictor, session
 from compress_uq.stages import ModelsOrResults, unpack_all
 from compress_uq.training import resolve_device
@@ -58,6 +59,8 @@ class Evaluation:
     """Arrays over the test split."""
     labels: np.ndarray
     ood_scores: Mapping[str, np.ndarray]
+    decisions: Mapping[str, Figure] = field(default_factory=dict)
+    """What the decision rules came to on the test split; empty without a rule."""
 
     def to_json(self) -> dict[str, Any]:
         """The M of the contract: plain values, no arrays."""
@@ -66,6 +69,7 @@ class Evaluation:
             "ood": {s: {name: f.to_json() for name, f in figures.items()} for s, figures in self.ood.items()},
             "per_class": {name: figure.to_json() for name, figure in self.per_class.items()},
             "cost": self.cost.to_json(),
+            "decisions": {name: figure.to_json() for name, figure in self.decisions.items()},
         }
 
 
@@ -107,7 +111,7 @@ def evaluate(
             stack.enter_context(on_device(uncertain, target))
 
         def answers(dataset: ImageDataset, what: str) -> tuple[Prediction, np.ndarray]:
-            fields, truth = collect(
+            return collect_predictions(
                 predictor,
                 dataset,
                 device=target,
@@ -116,7 +120,6 @@ def evaluate(
                 progress=progress,
                 stage=f"{stage}: {what}",
             )
-            return Prediction(*fields), truth
 
         prediction, truth = answers(test, "test")
         scores = {name: answers(dataset, name)[0].ood_score for name, dataset in splits.ood.items()}
@@ -127,7 +130,9 @@ def evaluate(
     if ood:
         metrics["ood_auroc"] = mean_figure([figures["auroc"] for figures in ood.values()])
     names = labels or splits.info.labels or [str(k) for k in range(classes)]
-    return Evaluation(metrics, ood, _per_class(prediction, truth, list(names)), cost, prediction, truth, scores)
+    per_class = _per_class(prediction, truth, list(names))
+    decided = decision_figures(prediction, truth)
+    return Evaluation(metrics, ood, per_class, cost, prediction, truth, scores, decided)
 
 
 def onnx_milliseconds(files: Mapping[str, bytes | Path], shape: tuple[int, ...]) -> dict[str, dict[str, float]]:
@@ -186,12 +191,4 @@ def _per_class(prediction: Prediction, truth: np.ndarray, names: list[str]) -> d
             f"the model has {len(values)} classes and the data {len(names)}: they do not belong together"
         )
     counts = np.bincount(truth, minlength=len(values))
-    return {name: _wilson(float(p), int(n)) for name, p, n in zip(names, values, counts, strict=True)}
-
-
-def _wilson(share: float, count: int, z: float = 1.96) -> Figure:
-    if count == 0:
-        return Figure(float("nan"), float("nan"), float("nan"))
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
-    return Figure(share, min(share, centre - half), max(share, centre + half))
+    return {name: wilson(float(p), int(n)) for name, p, n in zip(names, values, counts, strict=True)}

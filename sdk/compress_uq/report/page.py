@@ -139,13 +139,13 @@ def _histograms(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(9, 3.8))
     axes = figure.subplots(1, len(shown), sharey=True)
     for axis, (name, column) in zip(axes, shown.items(), strict=True):
-        top = max(float(s.max()) for s in (column.prediction.ood_score, *column.ood_scores.values()))
-        edges = np.linspace(0, top, 41)
+        every = np.concatenate([column.prediction.ood_score, *column.ood_scores.values()])
+        edges = np.linspace(every.min(), max(every.max(), every.min() + 1e-6), 41)
         axis.hist(column.prediction.ood_score, edges, density=True, color="#c3cad5", label="test images")
         for number, (title, scores) in enumerate(column.ood_scores.items()):
             label = f"{title}, AUROC {column.ood[title]['auroc'].value:.3f}"
             axis.hist(scores, edges, density=True, histtype="step", color=f"C{number}", label=label)
-        axis.set(xlabel="OOD score (entropy, nats)", title=name, yscale="log")
+        axis.set(xlabel="OOD score", title=name, yscale="log")
         axis.legend(fontsize=7)
     axes[0].set_ylabel("density")
     return figure

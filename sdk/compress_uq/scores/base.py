@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from compress_uq.fitted import Fitted
+from compress_uq.errors import InputError, UncertaintyError, UnknownNameError
+from compress_uq.fitted import Fitted, Plain
 
 __all__ = ["Answers", "Score", "TrainingFeatures"]
 
@@ -40,10 +42,16 @@ class TrainingFeatures:
     """(G, N, D) float32."""
     labels: np.ndarray
     """(N,) int64."""
-    weight: np.ndarray
-    """(G, K, D) float32 of each network's classifier."""
-    bias: np.ndarray
+    logits: np.ndarray
+    """(N, K) float32, mean over members, not calibrated."""
+    weight: np.ndarray | None
+    """(G, K, D) float32 of each network's classifier; None where it is not linear in the features."""
+    bias: np.ndarray | None
     """(G, K) float32."""
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.features).all():
+            raise UncertaintyError("the features of training images hold NaN or infinite values: no score fits them")
 
 
 class Score(Fitted, ABC):
@@ -51,11 +59,29 @@ class Score(Fitted, ABC):
 
     of_features: ClassVar[bool] = False
     """True where it looks at features, and so has to be fitted."""
+    of_members: ClassVar[bool] = False
+    """True where it compares members, and is 0 for a single one."""
+    defaults: ClassVar[Mapping[str, Plain]] = {}
+    """The options there are, each with its default."""
+
+    def __init__(self, options: Mapping[str, Plain] | None = None, **tensors: Tensor) -> None:
+        given = dict(options or {})
+        for name, value in given.items():
+            if name not in self.defaults:
+                raise UnknownNameError(f"option of {self.name}", name, self.defaults)
+            if isinstance(value, str) or value < 0:
+                raise InputError(f"{self.name}: {name}={value}: expected a number of 0 or more")
+        super().__init__({**self.defaults, **given}, **tensors)
 
     @classmethod
-    def fit(cls, training: TrainingFeatures | None) -> Score:
-        """Ready to use; only scores of features look at training images."""
-        return cls()
+    def fit(cls, training: TrainingFeatures | None, options: Mapping[str, Plain] | None = None) -> Score:
+        """Ready to use; only scores of features look at training images.
+
+        Raises:
+            UnknownNameError: an option that the score does not have.
+            UncertaintyError: training images that it cannot be fitted on.
+        """
+        return cls(options)
 
     @abstractmethod
     def forward(self, answers: Answers) -> Tensor:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
 from compress_uq.compression import Compressed, Compression
+from compress_uq.data import set_aside
 from compress_uq.held_out import held_out_figures
 from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
 from compress_uq.metrics import METRICS
 from compress_uq.pruning import PruningOptions
-from compress_uq.report import Evaluation
+from compress_uq.report import DECISIONS, Evaluation
 from compress_uq.search import search_sparsity
 from compress_uq.stages import Origin
 from compress_uq.study.kind import Context, Kind, Outcome
@@ -48,7 +50,8 @@ class CompressKind(Kind[CompressSettings]):
     axis = "sparsity"
     settings = frozenset(HINTS)
     measures = frozenset(
-        {f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} - {*_NEVER_HELD_OUT} | {*_DROPS, *_COSTS}
+        {f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} - {*_NEVER_HELD_OUT}
+        | {*_DROPS, *_COSTS, *DECISIONS}
     )
     without_bearing = WITHOUT_BEARING
 
@@ -74,6 +77,7 @@ class CompressKind(Kind[CompressSettings]):
             **dense["measures"],
             **_quality(evaluation),
             **_costs(evaluation, compressed),
+            **{name: figure.to_json()["value"] for name, figure in evaluation.decisions.items()},
             **{f"held_out_{name}": value for name, value in held_out.items()},
             "accuracy_drop": _difference(dense["measures"]["dense_accuracy"], evaluation.metrics["accuracy"].value),
             "held_out_accuracy_drop": _difference(dense["held_out_accuracy"], held_out.get("accuracy")),
@@ -96,7 +100,9 @@ class CompressKind(Kind[CompressSettings]):
         return name in _HIGHER or (name in METRICS and METRICS[name] == "higher")
 
 
-_HIGHER = ("sparsity", "sparsity_reached", "worst_class_accuracy")
+_HIGHER = (
+    "sparsity", "sparsity_reached", "worst_class_accuracy", "acceptance_coverage", "set_coverage", "set_singletons",
+)  # fmt: skip
 
 
 def _compression(settings: CompressSettings, opened: ModelAndData, context: Context) -> Compression:
@@ -121,7 +127,9 @@ def _searched(settings: CompressSettings, run: Compression) -> float:
 
 def _held_out(model: UncertainModel, run: Compression) -> tuple[dict[str, float | None], str]:
     """Figures on held-out images, with a word on which those are."""
-    return held_out_figures(model, run.splits, device=run.training.device, progress=run.progress)
+    # What chooses a run and what certifies its decisions do not look at the same images.
+    splits = replace(run.splits, decision=None) if run.answers.rules else run.splits
+    return held_out_figures(model, splits, device=run.training.device, progress=run.progress)
 
 
 def _dense_figures(settings: CompressSettings, opened: ModelAndData, context: Context) -> dict[str, Any]:
@@ -203,8 +211,13 @@ def _open(settings: CompressSettings, context: Context) -> ModelAndData:
             )  # fmt: skip
 
         path, options = str(context.shared.file("dense.pt", settings.model, train)), None
-    return open_model_and_data(
+    opened = open_model_and_data(
         path, arch=inputs.arch, options=options, num_classes=inputs.num_classes, data=inputs.data,
         root=inputs.data_root, mean=inputs.mean, std=inputs.std,
-        ood=(inputs.ood,) if isinstance(inputs.ood, str) else inputs.ood, unsafe=inputs.unsafe_load,
+        ood=_several(inputs.ood), validation_ood=_several(inputs.validation_ood), unsafe=inputs.unsafe_load,
     )  # fmt: skip
+    return replace(opened, splits=set_aside(opened.splits, rules=settings.answers.rules))
+
+
+def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else given

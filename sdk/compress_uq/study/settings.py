@@ -48,6 +48,7 @@ class Inputs:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     ood: str | tuple[str, ...] = ()
+    validation_ood: str | tuple[str, ...] = ()
     unsafe_load: bool = False
 
 
@@ -158,7 +159,8 @@ def identity(settings: CompressSettings) -> Mapping[str, Any]:
 def of_dense(settings: CompressSettings) -> dict[str, Any]:
     """What tells one dense model with its data and calibration from another."""
     kept = {k: v for k, v in changed(settings.inputs).items() if k not in ("model", "data_root", "unsafe_load")}
-    return {"model": settings.model, "inputs": kept, "calibration": settings.answers.calibration}
+    rules = {"rules": settings.answers.rules} if settings.answers.rules else {}
+    return {"model": settings.model, "inputs": kept, "calibration": settings.answers.calibration, **rules}
 
 
 def _dense_model(inputs: Inputs, dense: TrainingConfig) -> dict[str, Any]:

@@ -1,0 +1,222 @@
+"""Which scores a model answers with: named by the caller, or chosen on out-of-distribution images that no figure is
+reported on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from compress_uq.cost import on_device
+from compress_uq.data import ImageDataset, Splits, balanced_sample, labels_of, shared_images
+from compress_uq.errors import DataError, UncertaintyError
+from compress_uq.fitted import Plain
+from compress_uq.metrics import ood_auroc
+from compress_uq.predict import collect
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.scores import SCORES, Score, TrainingFeatures
+from compress_uq.training import resolve_device
+from compress_uq.uncertain import UncertainModel, answers_of
+
+__all__ = ["AUTO", "check_scores", "choose_scores", "training_features"]
+
+AUTO = "auto"
+_TRAINING_IMAGES = 10_000
+"""Scores of features are fitted on at most so many."""
+
+
+def choose_scores(
+    model: UncertainModel,
+    splits: Splits,
+    *,
+    score: str = "confidence",
+    ood_score: str = "entropy",
+    options: Mapping[str, Mapping[str, Plain]] | None = None,
+    device: str = "cpu",
+    progress: ProgressCallback = silent,
+) -> UncertainModel:
+    """A copy of a model that answers with other scores, and without an acceptance rule where `score` changes.
+
+    Args:
+        model: calibrated, where it is to be calibrated: scores of probabilities see the calibrated ones.
+        splits: scores of features need `train`. `auto` needs `validation_ood` and, of in-distribution images,
+            `decision` or else `calibration`; it never looks at `ood` and `test`, and goes without scores of features
+            where there is no `train`.
+        score: behind `uncertainty`, by name.
+        ood_score: behind `ood_score`, by name, or `auto`: the one with the largest mean AUROC over the validation
+            sets. All candidates with their AUROCs are in the model's `record`.
+        options: of scores, by name, such as `{"knn": {"bank": 1000, "neighbours": 5}}`.
+
+    Raises:
+        UnknownNameError: no such score, or option.
+        UncertaintyError: a score that this model cannot give, such as one of members where there is one.
+        DataError: a split is missing, or a validation set holds images of a reported set.
+    """
+    check_scores(score, ood_score, splits)
+    given = dict(options or {})
+    for name in given:
+        SCORES[name]
+    named = [SCORES[score], *([] if ood_score == AUTO else [SCORES[ood_score]])]
+    for kind in named:
+        if kind.of_members and model.members.count == 1:
+            raise UncertaintyError(f"score {kind.name!r} compares members, and the model has one: choose another score")
+        if kind.of_features and model.members.head is None:
+            raise UncertaintyError(f"score {kind.name!r} looks at features, and the model's classifier was not found")
+    training = None
+    of_features = ood_score == AUTO or any(kind.of_features for kind in named)
+    if of_features and splits.train is not None and model.members.head is not None:
+        training = training_features(model, splits.train, device=device, progress=progress)
+    record = {name: value for name, value in model.record.items() if name != "ood_score_choice"}
+    if ood_score == AUTO:
+        candidates, left_out = _candidates(model, training, given)
+        chosen, found = _best(model, candidates, splits, device=device, progress=progress)
+        record["ood_score_choice"] = {**found, "left_out": left_out}
+    else:
+        chosen = SCORES[ood_score].fit(training, given.get(ood_score))
+    if score == model.score.name and score not in given:
+        return model.but(ood_score=chosen, record=record)
+    record.pop("acceptance", None)
+    fitted = SCORES[score].fit(training, given.get(score))
+    return model.but(score=fitted, ood_score=chosen, acceptance=None, record=record)
+
+
+def check_scores(score: str, ood_score: str, splits: Splits | None) -> None:
+    """Refuse, before any work, names and splits that cannot be; None checks the names alone.
+
+    Raises:
+        UnknownNameError: no such score.
+        DataError: a split is missing, or a validation set holds images of a reported set.
+    """
+    kinds = [SCORES[score], *([] if ood_score == AUTO else [SCORES[ood_score]])]
+    if splits is None:
+        return
+    for kind in kinds:
+        if kind.of_features:
+            splits.require("train", f"score {kind.name!r}")
+    if ood_score != AUTO:
+        return
+    if not splits.validation_ood:
+        raise DataError(
+            "ood_score 'auto' chooses on out-of-distribution images that no figure is reported on: pass "
+            "--validation-ood (validation_ood= of Splits), or name a score"
+        )
+    _in_distribution(splits)
+    _refuse_reported(splits)
+
+
+def training_features(
+    model: UncertainModel, dataset: ImageDataset, *, device: str = "cpu", progress: ProgressCallback = silent
+) -> TrainingFeatures:
+    """What enters the classifiers for at most 10,000 training images, class-balanced, in one pass.
+
+    Raises:
+        UncertaintyError: the classifier is not known, or a feature is not finite.
+    """
+    if len(dataset) > _TRAINING_IMAGES:  # type: ignore[arg-type]
+        dataset = Subset(dataset, balanced_sample(labels_of(dataset), _TRAINING_IMAGES).tolist())
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, entering = model.members.with_features(images)
+        return logits.mean(0), entering.transpose(0, 1)
+
+    target = resolve_device(device)
+    with on_device(model, target):
+        (logits, entering), labels = collect(
+            features, dataset, device=target, progress=progress, stage="features of training images"
+        )
+    weight, bias = _classifiers(model, entering.shape[2])
+    return TrainingFeatures(entering.transpose(1, 0, 2), labels, logits, weight, bias)
+
+
+def _classifiers(model: UncertainModel, width: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Weights (G, K, D) and biases (G, K) of classifiers, fully connected or 1x1 convolutions; None for others."""
+    assert model.members.head is not None
+    heads = [network.get_submodule(model.members.head) for network in model.members.networks]
+    weights = [_plain(head.weight).flatten(1) for head in heads]
+    if any(weight.shape[1] != width for weight in weights):
+        return None, None
+    biases = [torch.zeros(weights[0].shape[0]) if head.bias is None else _plain(head.bias) for head in heads]
+    return torch.stack(weights).numpy(), torch.stack(biases).numpy()
+
+
+def _plain(tensor: Any) -> Tensor:
+    kept: Tensor = tensor.detach().cpu().float()
+    return kept
+
+
+def _candidates(
+    model: UncertainModel, training: TrainingFeatures | None, options: Mapping[str, Mapping[str, Plain]]
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """Every score that this model can give, and why the others are left out."""
+    fitted: dict[str, Score] = {}
+    left_out: dict[str, str] = {}
+    for entry in SCORES:
+        if entry.value.of_members and model.members.count == 1:
+            left_out[entry.name] = "the model has one member"
+        elif entry.value.of_features and training is None:
+            known = model.members.head is not None
+            left_out[entry.name] = "no train split" if known else "the model's classifier was not found"
+        else:
+            try:
+                fitted[entry.name] = entry.value.fit(training, options.get(entry.name))
+            except UncertaintyError as error:
+                left_out[entry.name] = str(error)
+    return fitted, left_out
+
+
+def _best(
+    model: UncertainModel, candidates: Mapping[str, Score], splits: Splits, *, device: str, progress: ProgressCallback
+) -> tuple[Score, dict[str, Any]]:
+    """The candidate with the largest mean AUROC, the first among equals, and the table."""
+    inside, images = _in_distribution(splits)
+    names = tuple(candidates)
+    modules = nn.ModuleList(candidates.values())
+    of_features = any(score.of_features for score in candidates.values())
+
+    def scores(batch: Tensor) -> tuple[Tensor, ...]:
+        logits, features = model.members.with_features(batch) if of_features else (model.members(batch), None)
+        answers = answers_of(logits, features, model.calibrator)
+        return tuple(score(answers) for score in modules)
+
+    target = resolve_device(device)
+    with on_device(model, target), on_device(modules, target):
+
+        def measured(dataset: ImageDataset, what: str) -> dict[str, np.ndarray]:
+            columns, _ = collect(scores, dataset, device=target, progress=progress, stage=f"choosing a score: {what}")
+            return dict(zip(names, columns, strict=True))
+
+        low = measured(inside, "in-distribution")
+        high = {name: measured(dataset, name) for name, dataset in splits.validation_ood.items()}
+    table = {n: {s: ood_auroc(low[n], columns[n]) for s, columns in high.items()} for n in names}
+    means = {name: float(np.mean(list(row.values()))) for name, row in table.items()}
+    chosen = max(names, key=lambda name: means[name])
+    record = {
+        "chosen": chosen, "in_distribution": images, "validation_sets": list(high), "auroc": table, "mean_auroc": means,
+    }  # fmt: skip
+    return candidates[chosen], record
+
+
+def _in_distribution(splits: Splits) -> tuple[ImageDataset, str]:
+    """Held-out images, and which they are.
+
+    Raises:
+        DataError: there are none.
+    """
+    if splits.decision is not None:
+        return splits.decision, "the decision split"
+    return splits.require("calibration", "ood_score 'auto'"), "the calibration split"
+
+
+def _refuse_reported(splits: Splits) -> None:
+    """A score chosen on the images of its own figure would flatter itself."""
+    for name, dataset in splits.validation_ood.items():
+        for reported, other in splits.ood.items():
+            if name == reported or shared_images(dataset, other):
+                raise DataError(
+                    f"the validation set {name!r} and the reported set {reported!r} share images: a score is not "
+                    "chosen on what it is measured on, pass another validation set"
+                )

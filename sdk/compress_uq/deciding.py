@@ -1,0 +1,227 @@
+"""Decision rules, each fitted on images that nothing else was fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from compress_uq.calibration import CALIBRATORS
+from compress_uq.cost import on_device
+from compress_uq.data import Splits, divide
+from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES, check_coverage, check_risk, conformal_rank, smallest_risk
+from compress_uq.errors import CalibrationError, DecisionError
+from compress_uq.fitted import Plain
+from compress_uq.predict import collect, collect_predictions
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.training import resolve_device
+from compress_uq.types import Prediction
+from compress_uq.uncertain import UncertainModel, summarise
+
+__all__ = ["check_decisions", "decide", "fit_rules"]
+
+_CROSSED = (
+    "the calibration split, cross-fitted: each half's probabilities come from a calibrator fitted on the other half, "
+    "and the model's own calibrator saw both, so that the guarantee is approximate"
+)
+
+
+def decide(
+    model: UncertainModel,
+    splits: Splits,
+    *,
+    risk: float | None = None,
+    coverage: float | None = None,
+    delta: float = 0.05,
+    sets: str = "lac",
+    options: Mapping[str, Plain] | None = None,
+    device: str = "cpu",
+    progress: ProgressCallback = silent,
+) -> UncertainModel:
+    """A copy of a model that accepts or refuses (`risk`), or names a set of classes (`coverage`), or both.
+
+    The rules look at the `decision` split, each at a class-balanced half of it where both are asked for. Without one
+    they share `calibration` in the same way: as it is where the model is not calibrated, else cross-fitted, which
+    makes the guarantee approximate; `set_aside` makes a decision split of a large enough calibration split before the
+    calibrator is fitted. Which it was stands in the model's `record`.
+
+    Args:
+        model: calibrated and scored as it is to be used: a threshold holds for no other probabilities.
+        splits: needs `decision` or `calibration`.
+        risk: largest share of wrong answers among the accepted ones, with probability 1 - `delta` (SGR).
+        coverage: how often the truth is in the set at least.
+        sets: how they are made, by name.
+        options: of the set rule, such as `{"penalty": 0.1, "free": 3}` for `raps`.
+
+    Raises:
+        DecisionError: nothing was asked for, or something that these images cannot certify; names what they can.
+        DataError: there are no held-out images.
+    """
+    decided, errors = fit_rules(
+        model, splits, risk=risk, coverage=coverage, delta=delta, sets=sets, options=options, device=device,
+        progress=progress,
+    )  # fmt: skip
+    if errors:
+        raise errors[0]
+    return decided
+
+
+def fit_rules(
+    model: UncertainModel,
+    splits: Splits,
+    *,
+    risk: float | None = None,
+    coverage: float | None = None,
+    delta: float = 0.05,
+    sets: str = "lac",
+    options: Mapping[str, Plain] | None = None,
+    device: str = "cpu",
+    progress: ProgressCallback = silent,
+) -> tuple[UncertainModel, list[DecisionError]]:
+    """`decide`, with what could not be certified beside the model instead of raised, so that one rule may stand alone.
+
+    Raises:
+        DecisionError: nothing was asked for, or what no images could certify.
+        DataError: there are no held-out images.
+    """
+    if risk is None and coverage is None:
+        raise DecisionError("neither risk nor coverage was given: expected one of them, such as risk=0.05")
+    check_decisions(risk, coverage, delta, sets, splits=None)
+    rule = SET_RULES[sets]
+    held_out = _held_out(model, splits, device=device, progress=progress)
+    asked = [name for name, value in (("acceptance", risk), ("sets", coverage)) if value is not None]
+    parts = dict(zip(asked, held_out.parts(len(asked)), strict=True))
+    fitted: dict[str, Any] = {}
+    record = dict(model.record)
+    errors: list[DecisionError] = []
+    for name, part in parts.items():
+        probabilities, labels = part.prediction.probabilities, part.labels
+        try:
+            if name == "acceptance":
+                assert risk is not None
+                wrong = part.prediction.label != labels
+                fitted[name] = ACCEPTANCE_RULES["sgr"].fit(part.prediction.uncertainty, wrong, risk=risk, delta=delta)
+            else:
+                assert coverage is not None
+                fitted[name] = rule.fit(probabilities, labels, coverage=coverage, options=options)
+        except DecisionError as error:
+            errors.append(error)
+        else:
+            record[name] = {"rule": fitted[name].name, **fitted[name].options, "from": part.source, "exact": part.exact}
+    return model.but(**fitted, record=record), errors
+
+
+def check_decisions(
+    risk: float | None, coverage: float | None, delta: float, sets: str, *, splits: Splits | None
+) -> None:
+    """Refuse, before any work, what could not be certified even if every answer were right; None checks values alone.
+
+    Raises:
+        DecisionError: a value that cannot be, or too few images for it.
+        UnknownNameError: no such set rule.
+        DataError: there are no held-out images.
+    """
+    SET_RULES[sets]
+    asked = (risk is not None) + (coverage is not None)
+    if risk is not None:
+        check_risk(risk, delta)
+    if coverage is not None:
+        check_coverage(coverage)
+    if splits is None or asked == 0:
+        return
+    dataset = splits.decision if splits.decision is not None else splits.require("calibration", "a decision rule")
+    images = len(dataset) // asked  # type: ignore[arg-type]
+    if coverage is not None:
+        conformal_rank(images, coverage)
+    if risk is not None and smallest_risk(images, delta) > risk:
+        raise DecisionError(
+            f"risk {risk:g} cannot be certified with {images} images at delta {delta:g}: even without a wrong answer "
+            f"the smallest is {smallest_risk(images, delta):.4f}; allow more risk or give more images"
+        )
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Answers to images, and how they may be shared out."""
+
+    prediction: Prediction
+    labels: np.ndarray
+    halves: tuple[list[int], ...]
+    """What two rules get; of a cross-fitted split the halves that calibrated each other."""
+    source: str
+    exact: bool
+
+    def parts(self, rules: int) -> list[_HeldOut]:
+        """One for each of one or two rules, without a shared image."""
+        if rules == 1:
+            return [replace(self, source=f"{self.source} ({len(self.labels)} images)")]
+        return [
+            replace(
+                self,
+                prediction=Prediction(*(None if field is None else field[half] for field in self.prediction)),
+                labels=self.labels[half],
+                source=f"{self.source} (half {number} of 2, {len(half)} images)",
+            )
+            for number, half in enumerate(self.halves, start=1)
+        ]
+
+
+def _held_out(model: UncertainModel, splits: Splits, *, device: str, progress: ProgressCallback) -> _HeldOut:
+    """The decision split as the model answers it, or the calibration split, cross-fitted where a calibrator saw it."""
+    bare = model.but(acceptance=None, sets=None)
+    target = resolve_device(device)
+    calibrated = model.calibrator.name != "none"
+    dataset = splits.decision
+    if dataset is None:
+        dataset = splits.require("calibration", "a decision rule")
+        if calibrated:
+            return _cross_fitted(bare, splits, device=target, progress=progress)
+    source = "the decision split" if splits.decision is not None else "the calibration split, which no calibrator saw"
+    with on_device(bare, target):
+        prediction, labels = collect_predictions(bare, dataset, device=target, progress=progress, stage="deciding")
+    return _HeldOut(prediction, labels, divide(labels, 2), source, True)
+
+
+def _cross_fitted(
+    model: UncertainModel, splits: Splits, *, device: torch.device, progress: ProgressCallback
+) -> _HeldOut:
+    """Answers to the calibration split, each half calibrated by what the other says.
+
+    Raises:
+        DecisionError: nothing fits a half.
+    """
+    of_features = model.score.of_features
+
+    def raw(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, features = model.members.with_features(images) if of_features else (model.members(images), None)
+        return logits.transpose(0, 1), *(() if features is None else (features.transpose(0, 1),))
+
+    dataset = splits.require("calibration", "a decision rule")
+    with on_device(model, device):
+        columns, labels = collect(raw, dataset, device=device, progress=progress, stage="deciding")
+    logits, *features = (column.swapaxes(0, 1) for column in columns)
+    halves = divide(labels, 2)
+    pieces: list[Prediction] = []
+    for fitted_on, applied_to in (halves[::-1], halves):
+        try:
+            calibrator = CALIBRATORS[model.calibrator.name].fit(logits[:, fitted_on], labels[fitted_on])
+        except CalibrationError as error:
+            raise DecisionError(
+                f"a decision rule needs images that the calibrator did not see, and {len(labels)} calibration images "
+                f"are too few to share ({error}); give a decision split, or calibration 'none'"
+            ) from error
+        with torch.inference_mode():
+            pieces.append(
+                summarise(
+                    torch.from_numpy(logits[:, applied_to]),
+                    *(torch.from_numpy(column[:, applied_to]) for column in features),
+                    calibrator=calibrator,
+                    score=model.score,
+                )
+            )
+    place = np.argsort(np.concatenate(halves))
+    joined = (np.concatenate([f.numpy() for f in pair])[place] for pair in zip(*(p[:8] for p in pieces), strict=True))
+    return _HeldOut(Prediction(*joined), labels, halves, _CROSSED, False)

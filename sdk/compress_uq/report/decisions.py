@@ -1,0 +1,95 @@
+"""What decision rules come to on images with known labels, and what they promised, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compress_uq.metrics import Figure
+from compress_uq.types import Prediction
+
+__all__ = ["DECISIONS", "broken", "decision_figures", "guarantees", "wilson"]
+
+DECISIONS: Mapping[str, str] = {
+    "acceptance_coverage": "share of images accepted",
+    "selective_risk": "share of wrong answers among the accepted",
+    "set_coverage": "share of images whose label is in the set",
+    "set_size": "mean number of classes in a set",
+    "set_singletons": "share of sets of one class",
+    "set_empty": "share of empty sets",
+}
+"""Figures of the card, with what they are."""
+
+
+def decision_figures(prediction: Prediction, labels: np.ndarray) -> dict[str, Figure]:
+    """Figures of a prediction's `accepted` and `prediction_set`, as far as they are there, with 95 % intervals.
+
+    Shares have Wilson intervals, the mean size one of the normal approximation. Without an accepted image there is no
+    risk: it is NaN.
+    """
+    figures: dict[str, Figure] = {}
+    count = len(labels)
+    if prediction.accepted is not None:
+        accepted = np.asarray(prediction.accepted)
+        wrong = (np.asarray(prediction.label) != labels)[accepted]
+        figures["acceptance_coverage"] = wilson(float(accepted.mean()), count)
+        figures["selective_risk"] = wilson(float(wrong.mean()) if len(wrong) else float("nan"), len(wrong))
+    if prediction.prediction_set is not None:
+        sets = np.asarray(prediction.prediction_set)
+        sizes = sets.sum(1)
+        half = 1.96 * float(sizes.std()) / float(np.sqrt(count))
+        mean = float(sizes.mean())
+        figures["set_coverage"] = wilson(float(sets[np.arange(count), labels].mean()), count)
+        figures["set_size"] = Figure(mean, mean - half, mean + half)
+        figures["set_singletons"] = wilson(float((sizes == 1).mean()), count)
+        figures["set_empty"] = wilson(float((sizes == 0).mean()), count)
+    return figures
+
+
+def guarantees(answers: Mapping[str, Any]) -> dict[str, str]:
+    """What a model's record promises of its decisions, as sentences by the name of the output."""
+    said: dict[str, str] = {}
+    rule = answers.get("acceptance")
+    if rule is not None:
+        said["accepted"] = (
+            f"{rule['rule']}: the risk of accepted answers is at most {rule['risk']:g} with probability "
+            f"{1 - rule['delta']:g}; bound {rule['bound']:.4f} at coverage {rule['coverage']:.4f} {_from(rule)}"
+        )
+    rule = answers.get("sets")
+    if rule is not None:
+        said["prediction_set"] = (
+            f"{rule['rule']}: holds the label with probability at least {rule['coverage']:g} {_from(rule)}"
+        )
+    return said
+
+
+def broken(figures: Mapping[str, Figure], answers: Mapping[str, Any]) -> list[str]:
+    """Promises that a measurement contradicts, its whole interval lying beyond them, in words."""
+    found = []
+    risk, coverage = figures.get("selective_risk"), figures.get("set_coverage")
+    if risk is not None and "acceptance" in answers and risk.low > answers["acceptance"]["risk"]:
+        found.append(
+            f"the risk of accepted answers is {risk.value:.4f} on test and was to be at most "
+            f"{answers['acceptance']['risk']:g}: test images are unlike those that the rule was fitted on"
+        )
+    if coverage is not None and "sets" in answers and coverage.high < answers["sets"]["coverage"]:
+        found.append(
+            f"prediction sets hold {coverage.value:.4f} of the labels on test and were to hold "
+            f"{answers['sets']['coverage']:g}: test images are unlike those that the rule was fitted on"
+        )
+    return found
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> Figure:
+    """A share of so many images with its Wilson interval; NaN of none."""
+    if count == 0:
+        return Figure(float("nan"), float("nan"), float("nan"))
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
+    return Figure(share, min(share, centre - half), max(share, centre + half))
+
+
+def _from(rule: Mapping[str, Any]) -> str:
+    return f"(fitted on {rule['from']})"
