@@ -284,3 +284,25 @@ def test_what_was_measured_of_the_masks_is_saved_and_shown(tmp_path, splits, den
     assert "Spearman of MI, 6 and 204 samples" in (tmp_path / "b" / "report.md").read_text()
     images = torch.stack([splits.test[n][0] for n in range(5)])
     assert torch.equal(loaded.model(images).probabilities, bundle.model(images).probabilities)
+
+
+def test_twenty_fixed_samples_rank_cifar_as_two_hundred_do(real_data, real_data_module):
+    dense = cuq.load_model(
+        real_data / "weights" / "cifar10_resnet20-12fca82f.th", arch="compress-uq:resnet20", num_classes=10
+    )
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    pixels, labels = real_data_module.cifar10(train=False)
+    normal = (pixels[:2500] / 255.0 - mean) / std
+    images = torch.from_numpy(normal.astype(np.float32).transpose(0, 3, 1, 2).copy())
+    pruned = cuq.prune(dense, images[:1], sparsity=0.2, round_to=1)
+    calibration = TensorDataset(images[:500], torch.from_numpy(labels[:500]).long())
+    options = {"p": 0.1, "at": ("layer3.2",)}
+    members = MCDropout(samples=20, **options).fit(Trained((pruned.model,), pruned.origin, calibration=calibration))
+    reference = MCDropout(samples=200, seed=12345, **options).fit(Trained((pruned.model,), pruned.origin))
+    with torch.no_grad():
+        information = [
+            torch.cat([summarise(m(batch)).mutual_information for batch in images[500:].split(100)]).numpy()
+            for m in (members, reference)
+        ]
+    assert spearmanr(*information)[0] >= 0.90
+    assert members.fidelity.spearman >= 0.90
