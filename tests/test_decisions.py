@@ -353,16 +353,18 @@ def test_certificates_hold_over_random_splits(real_data, name):
 
 @pytest.mark.slow
 def test_sgr_holds_on_few_images():
-    """Drawn afresh 2,000 times with 60 images, so that the bound itself is at stake and not only its slack."""
-    random, delta, violated = np.random.default_rng(0), 0.2, 0
-    for _ in range(2000):
-        uncertainty = random.random(60).astype(np.float32)
+    """Drawn afresh each time, errors with probability u / 2 and u uniform: accepting u <= t has the risk t / 4."""
+    random, delta, violated, certified = np.random.default_rng(0), 0.2, 0, 0
+    for _ in range(1000):
+        uncertainty = random.random(200).astype(np.float32)
         try:
-            rule = SGR.fit(uncertainty, random.random(60) < 0.5 * uncertainty, risk=0.15, delta=delta)
+            rule = SGR.fit(uncertainty, random.random(200) < 0.5 * uncertainty, risk=0.15, delta=delta)
         except DecisionError:
             continue
+        certified += 1
         violated += float(rule.threshold) / 4 > 0.15
-    assert violated <= binom.ppf(0.999, 2000, delta)
+    assert certified > 400
+    assert violated <= delta * 1000
 
 
 # From end to end.
