@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from compress_uq.calibration import AUTO
+from compress_uq.calibration import AUTO, Identity
 from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.data import Augmentation, Splits
 from compress_uq.finishing import Finished, finish, finish_model
@@ -102,6 +102,16 @@ class Compression:
     def measured(self, model: UncertainModel, stage: str) -> Evaluation:
         """Its figures on test."""
         return evaluate(model, self.splits, device=self.training.device, progress=self.progress, stage=stage)
+
+    def uncalibrated(self, compressed: Compressed) -> Evaluation | None:
+        """Figures on test of the compressed model as its members give them; None where nothing calibrates it."""
+        if compressed.model.calibrator.name == "none":
+            return None
+        plain = compressed.model.but(calibrator=Identity(), acceptance=None, sets=None)
+        return evaluate(
+            plain, replace(self.splits, ood={}), device=self.training.device, progress=self.progress,
+            stage="not calibrated",
+        )  # fmt: skip
 
     def _noted(self, done: Finished) -> UncertainModel:
         self.warnings.extend(done.warnings)

@@ -31,7 +31,7 @@ from compress_uq.models import Architecture, refuse_non_finite
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, pruning_share, resolve_criterion
-from compress_uq.report import Evaluation, ReportCard, broken, evaluate, onnx_milliseconds
+from compress_uq.report import Evaluation, ReportCard, broken, class_changes, evaluate, lost_classes, onnx_milliseconds
 from compress_uq.search import Budget, SearchResult, search_sparsity
 from compress_uq.shrinking import Shrunk, prune_networks
 from compress_uq.stages import ModelsOrResults, Origin, unpack_all
@@ -195,9 +195,11 @@ def compress(
         dense_calibrated_evaluation = run.measured(run.dense_calibrated(compressed), "dense calibrated")
         recipe = {
             **_recipe(plan, compressed, config, splits, architecture),
+            "calibrator": compressed.model.calibrator.name,
             "calibration_choice": compressed.model.calibrator.choice,
         }
         evaluation = _with_cost(run.measured(compressed.model, "compressed"), training_seconds=compressed.seconds)
+        uncalibrated = run.uncalibrated(compressed)
 
         # Its exported file, measured again, and timed beside one dense pass.
         with tempfile.TemporaryDirectory() as folder:
@@ -217,6 +219,7 @@ def compress(
             control_evaluation = _with_cost(run.measured(control_model, "control"), training_seconds=seconds)
 
     run.warnings += suspicions(compressed.model, splits, evaluation)
+    run.warnings += lost_classes(class_changes(dense_evaluation, evaluation))
     run.warnings += broken(evaluation.decisions, compressed.model.record)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
@@ -227,6 +230,7 @@ def compress(
         recipe=recipe,
         warnings=tuple(dict.fromkeys(run.warnings)),
         fidelity=_fidelity(compressed.model),
+        uncalibrated=uncalibrated,
     )
     return Bundle.build(compressed.model, models[0], card, content, architecture, splits.info.fingerprint)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress_uq.errors import InputError, UnknownNameError
 from compress_uq.metrics import METRICS, Figure
+from compress_uq.report.changes import calibration_change, class_changes
 from compress_uq.report.decisions import DECISIONS, guarantees
 from compress_uq.report.evaluation import Evaluation
 from compress_uq.report.page import render_page
@@ -25,6 +26,7 @@ CONVENTIONS = {
     "ood": "out-of-distribution is the positive class; fpr95 at 95 % of them flagged; ood_auroc is the mean over sets",
     "intervals": "95 % percentile bootstrap, 1,000 resamples, widened to hold the figure; per class: Wilson",
     "decisions": "shares of test images; intervals: Wilson, and of set_size the normal approximation",
+    "class_changes": "p: exact McNemar test on the images that one of the two models classifies right",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
     "samples": "fixed masks: of several draws the one that ranks calibration images, labels unseen, as many more do",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
@@ -79,6 +81,8 @@ class ReportCard:
     warnings: Sequence[str]
     fidelity: Mapping[str, float] | None = None
     """How far the compressed model's fixed members are from many, where that was measured."""
+    uncalibrated: Evaluation | None = None
+    """The compressed model without its calibrator; None where it has none."""
 
     @property
     def columns(self) -> dict[str, Evaluation]:
@@ -92,6 +96,8 @@ class ReportCard:
             "format_version": FORMAT_VERSION,
             **{name: None if getattr(self, name) is None else getattr(self, name).to_json() for name in COLUMNS},
             "fidelity": None if self.fidelity is None else dict(self.fidelity),
+            "calibration": calibration_change(self.uncalibrated, self.compressed, self.recipe["calibrator"]),
+            "class_changes": class_changes(self.dense, self.compressed),
             "recipe": dict(self.recipe),
             "conventions": {**CONVENTIONS, **_of_answers(self.recipe.get("answers", {}))},
             "warnings": list(self.warnings),
@@ -104,7 +110,9 @@ class ReportCard:
     def to_html(self) -> str:
         """A page with diagrams that needs no other file."""
         report = self.to_json()
-        return render_page(report, table_rows(report), self.columns)
+        before = {} if self.uncalibrated is None else {"uncalibrated": self.uncalibrated}
+        lines = [line for line in method_lines(self.recipe) if line.startswith("-")]
+        return render_page(report, table_rows(report), {**self.columns, **before}, lines)
 
     def unmet(self, requirements: Sequence[Requirement]) -> list[str]:
         """What the exported file misses of the requirements."""
@@ -174,10 +182,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     present = [name for name in COLUMNS if report[name] is not None]
     lines = ["# Report card", "", "| | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(texts[c] for c in present) + " |" for name, texts in table_rows(report)]
-    lines += _recalibration(report.get("recalibration"))
-    lines += ["", "## Accuracy per class", "", "| class | dense | compressed |", "|---|---|---|"]
-    for name, dense in report["dense"]["per_class"].items():
-        lines.append(f"| {name} | {_figure(dense)} | {_figure(report['compressed']['per_class'][name])} |")
+    lines += method_lines(report["recipe"])
+    if report.get("calibration") is not None:
+        lines += _before_and_after("Calibration of the compressed model", report["calibration"])
+    if report.get("recalibration") is not None:
+        changed = report["recalibration"]
+        lines += _before_and_after(f"Calibrated again on {changed['data']}", changed)
+    lines += _per_class(report)
     if report["warnings"]:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report["warnings"])]
     lines += ["", "## How it was measured", "", *(f"- {k}: {v}" for k, v in report["conventions"].items())]
@@ -185,12 +196,40 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _recalibration(changed: Mapping[str, Any] | None) -> list[str]:
-    """What another calibration changed, on the same images; nothing for a bundle that has its first."""
-    if changed is None:
-        return []
+def method_lines(recipe: Mapping[str, Any]) -> list[str]:
+    """The uncertainty method and what it costs, as it described itself before the work."""
+    described = recipe.get("uncertainty", {})
+    told = {name: value for name, value in described.items() if name != "options" and value not in (None, [], {})}
+    return ["", "## Uncertainty", "", *(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in told.items())]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(v) for v in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _per_class(report: Mapping[str, Any]) -> list[str]:
+    """Accuracy before and after; reports of older bundles have no test of the difference."""
+    lines = ["", "## Accuracy per class", "", "| class | dense | compressed | change | lost | gained | p |", "|---" * 7 + "|"]
+    tested = {row["class"]: row for row in report.get("class_changes", [])}
+    for name, dense in report["dense"]["per_class"].items():
+        row = tested.get(name)
+        change = "" if row is None or row["change"] is None else f"{row['change']:+.4f}"
+        test = " | | " if row is None else f"{row['lost']} | {row['gained']} | {row['p_value']:.3f}"
+        after = _figure(report["compressed"]["per_class"].get(name))
+        lines.append(f"| {name} | {_figure(dense)} | {after} | {change} | {test} |")
+    return lines
+
+
+def _before_and_after(title: str, changed: Mapping[str, Any]) -> list[str]:
+    """What a calibrator changed, on the same images."""
     before, after = changed["before"], changed["after"]
-    lines = ["", f"## Calibrated again on {changed['data']}", "", "| | before | after |", "|---|---|---|"]
+    lines = ["", f"## {title}", "", "| | before | after |", "|---|---|---|"]
     lines.append(f"| calibration | {before['calibration']} | {after['calibration']} |")
     names = [name for name in before if name != "calibration"]
     return lines + [f"| {name} | {_figure(before[name])} | {_figure(after[name])} |" for name in names]

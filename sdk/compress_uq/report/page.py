@@ -28,19 +28,24 @@ figure { margin: 1rem 0; } figcaption { color: #556; font-size: 0.9rem; } img { 
 pre { background: #f5f7fa; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
 """
 _COLOURS = {"dense": "#8a94a6", "before": "#8a94a6", "compressed": "#1f6feb"}
+_RELIABILITY = {**_COLOURS, "uncalibrated": "#7aa7e9"}
 
 Rows = Sequence[tuple[str, Mapping[str, str]]]
 
 
-def render_page(report: Mapping[str, Any], rows: Rows, columns: Mapping[str, Evaluation]) -> str:
+def render_page(
+    report: Mapping[str, Any], rows: Rows, columns: Mapping[str, Evaluation], method: Sequence[str] = ()
+) -> str:
     """A whole HTML page; pictures are inside it, and nothing is loaded from elsewhere.
 
     Args:
         report: the content of report.json.
         rows: the card's table, a name and a text per column.
+        method: lines on the uncertainty method.
         columns: the evaluations that the diagrams are drawn from; `dense`, `before` (another calibration) and
-            `compressed` are shown.
+            `compressed` are shown, and `uncalibrated` where calibration is.
     """
+    calibrated = {name: columns[name] for name in ("dense", "before", "uncalibrated", "compressed") if name in columns}
     shown = {name: columns[name] for name in _COLOURS if name in columns}
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>compress-uq report card</title>",
@@ -50,13 +55,24 @@ def render_page(report: Mapping[str, Any], rows: Rows, columns: Mapping[str, Eva
         "<h2>Side by side</h2>",
         _table(rows, list(rows[0][1])),
         "<h2>Is the confidence right?</h2>",
-        _picture(_reliability(shown), "Reliability: accuracy against confidence in 15 bins; on the diagonal is right."),
+        _picture(_reliability(calibrated), "Reliability: accuracy against confidence in 15 bins; on the diagonal is right."),
         "<h2>Are the uncertain images the wrong ones?</h2>",
         _picture(
             _sparsification(shown),
             "Sparsification: error rate of the images kept when the most uncertain are removed. "
             "Dashed: the oracle that knows every error. The area between is AUSE.",
         ),
+        "<h2>What does answering less bring?</h2>",
+        _picture(
+            _risk_coverage(shown),
+            "Risk and coverage: error rate of the share of images that is answered, most certain first. The mean of a "
+            "curve is AURC; the dot is the acceptance rule, where there is one.",
+        ),
+        "<h2>Which classes changed?</h2>",
+        _class_table(report),
+        "<h2>Uncertainty method</h2><ul>",
+        *(f"<li>{html.escape(line.removeprefix('- '))}</li>" for line in method),
+        "</ul>",
     ]
     if shown["compressed"].ood_scores:
         caption = "Out-of-distribution score of test images and of each set; the less they overlap the better."
@@ -106,7 +122,7 @@ def _reliability(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
         filled = bins.count > 0
         centres = (np.arange(len(bins.count)) + 0.5) / len(bins.count)
         width = 0.9 / len(bins.count)
-        axis.bar(centres[filled], bins.accuracy[filled], width, color=_COLOURS[name], label="accuracy")
+        axis.bar(centres[filled], bins.accuracy[filled], width, color=_RELIABILITY[name], label="accuracy")
         axis.plot(
             bins.confidence[filled], bins.accuracy[filled], ".", color="black", label="mean confidence of the bin"
         )
@@ -133,6 +149,41 @@ def _sparsification(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure
     axis.set_ylim(bottom=0)
     axis.legend()
     return figure
+
+
+def _risk_coverage(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
+    figure = matplotlib.figure.Figure(figsize=(7, 4))
+    axis = figure.subplots()
+    for name, column in shown.items():
+        prediction = column.prediction
+        removed, kept, _ = sparsification_curves(prediction.probabilities, column.labels, prediction.uncertainty)
+        axis.plot(
+            1 - removed, kept, color=_COLOURS[name], label=f"{name}, AURC {column.metrics['aurc'].value:.4f}"
+        )
+        rule = column.decisions
+        if "acceptance_coverage" in rule and not np.isnan(rule["selective_risk"].value):
+            place = (rule["acceptance_coverage"].value, rule["selective_risk"].value)
+            axis.plot(*place, "o", color=_COLOURS[name], label=f"accepted: {place[0]:.3f} at risk {place[1]:.4f}")
+    axis.set(xlabel="coverage: share of images answered", ylabel="risk: error rate of the answers", xlim=(0, 1.02))
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    return figure
+
+
+def _class_table(report: Mapping[str, Any]) -> str:
+    names = ("class", "dense", "compressed", "change", "lost", "gained", "p_value")
+    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
+        for row in report.get("class_changes", [])
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _histograms(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
