@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python tests/bench/criteria.py
 	$(BIN)/python tests/bench/importance.py
 	$(BIN)/python tests/bench/table1.py
+	$(BIN)/python tests/bench/card.py
 
 # Every torchvision classifier: pruned, checked, saved, exported; takes hours, goes on where it stopped.
 zoo: $(READY)

@@ -30,7 +30,7 @@ LAYERS = [
     {"layer_sensitivity"},
     {"bundle", "listing", "inputs"},
     {"verification", "pipeline"},
-    {"study"},
+    {"study", "recalibration"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 DOORS = {

@@ -76,7 +76,7 @@ def test_help_is_quick_and_lists_the_commands():
         [sys.executable, "-m", "compress_uq_cli", "--help"], capture_output=True, text=True, check=True
     )
     assert time.perf_counter() - start < 10, "not a benchmark: torch alone would take longer on a slow machine"
-    for name in ("prune", "train", "evaluate", "export", "verify", "predict", "methods", "study", "demo"):
+    for name in ("prune", "train", "evaluate", "calibrate", "export", "verify", "predict", "methods", "study", "demo"):
         assert name in done.stdout
 
 

@@ -154,7 +154,7 @@ def test_intervals_contain_their_figures_and_cover():
     accuracy = figures["accuracy"]
     half = 1.96 * np.sqrt(accuracy.value * (1 - accuracy.value) / 500)
     assert accuracy.high - accuracy.value == pytest.approx(half, rel=0.25)
-    assert RESAMPLES >= 200
+    assert RESAMPLES == 1000
 
 
 def test_figures_equal_the_functions():

@@ -10,7 +10,19 @@ import traceback
 import typer
 
 import compress_uq as cuq
-from compress_uq_cli import demo, evaluate, export, methods, predict, prune, sensitivity, study, train, verify
+from compress_uq_cli import (
+    calibrate,
+    demo,
+    evaluate,
+    export,
+    methods,
+    predict,
+    prune,
+    sensitivity,
+    study,
+    train,
+    verify,
+)
 from compress_uq_cli.console import complain
 
 __all__ = ["app", "main", "run"]
@@ -25,6 +37,7 @@ app = typer.Typer(
 app.command("prune")(prune.prune)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("calibrate")(calibrate.calibrate)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)
 app.command("predict")(predict.predict)

@@ -52,7 +52,7 @@ def prune(
     ] = None,
     dropout: o.Dropout = None,
     dropout_at: o.DropoutAt = None,
-    calibration: Annotated[str, typer.Option(help="Calibrator; see `methods`.")] = "temperature",
+    calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
     epochs: o.Epochs = None,
     lr: o.LearningRate = None,
     batch_size: o.BatchSize = None,

@@ -23,7 +23,7 @@ def sensitivity(
     keep: Annotated[
         list[str] | None, typer.Option(help="Layers to leave out: a name, pattern or type; repeatable.")
     ] = None,
-    calibration: Annotated[str, typer.Option(help="Calibrator; see `methods`.")] = "temperature",
+    calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
     batch_size: o.BatchSize = None,
     workers: o.Workers = None,
     seed: o.Seed = None,

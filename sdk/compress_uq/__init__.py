@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compress_uq.pipeline import compress, plan_compression
     from compress_uq.progress import Progress
     from compress_uq.pruning import mask_weights, prune, remove_masks
+    from compress_uq.recalibration import load_new_data, recalibrate
     from compress_uq.report import Evaluation, ReportCard, Requirement, evaluate
     from compress_uq.runtime import OnnxPredictor
     from compress_uq.search import Budget, SearchResult, search_sparsity
@@ -66,6 +67,7 @@ _HOME = {
     "hold_out": "data",
     "initial_model": "inputs",
     "load_model": "models",
+    "load_new_data": "recalibration",
     "load_splits": "data",
     "mask_weights": "pruning",
     "open_model_and_data": "inputs",
@@ -75,6 +77,7 @@ _HOME = {
     "prune": "pruning",
     "read_checkpoint": "models",
     "read_study": "study",
+    "recalibrate": "recalibration",
     "remove_masks": "pruning",
     "run_study": "study",
     "save_model": "models",
@@ -136,6 +139,7 @@ __all__ = [
     "hold_out",
     "initial_model",
     "load_model",
+    "load_new_data",
     "load_splits",
     "mask_weights",
     "metrics",
@@ -149,6 +153,7 @@ __all__ = [
     "pruning",
     "read_checkpoint",
     "read_study",
+    "recalibrate",
     "remove_masks",
     "report",
     "run_study",

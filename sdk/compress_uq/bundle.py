@@ -118,6 +118,25 @@ class Bundle:
         }
         return cls(onnx, report, report["recipe"], files, fingerprint, card, model)
 
+    def recalibrated(self, model: UncertainModel, onnx: bytes, report: Mapping[str, Any], page: str) -> Bundle:
+        """The bundle of a model whose members are this one's and whose other parts are not.
+
+        Args:
+            model: what `calibrate` made of this bundle's model.
+            onnx: its exported file.
+            report: content of report.json; page: of report.html.
+        """
+        structure = _current(json.loads(self.files["structure.json"]))
+        changed = {"format_version": FORMAT_VERSION, **_fitted(model), "origin": asdict(model.origin)}
+        files = {
+            "model.safetensors": _tensors(model),
+            "structure.json": _json({**structure, **changed}),
+            "report.json": _json(report),
+            "report.md": markdown(report).encode(),
+            "report.html": page.encode(),
+        }
+        return Bundle(onnx, report, report["recipe"], files, self.fingerprint, None, model)
+
     @staticmethod
     def refuse_existing(path: str | os.PathLike[str], *, overwrite: bool) -> None:
         """What `save` would refuse, before any work is done for it.
@@ -238,13 +257,13 @@ def _structure(model: UncertainModel, dense: nn.Module, architecture: Architectu
         "networks": [describe_structure(dense, network) for network in model.members.networks],
         "method": {"name": model.method.name, "options": vars(model.method)},
         "members": model.members.structure(),
-        "calibrator": fitted_record(model.calibrator),
-        "score": fitted_record(model.score),
-        "ood_score": fitted_record(model.ood_score),
-        "acceptance": fitted_record(model.acceptance),
-        "sets": fitted_record(model.sets),
+        **_fitted(model),
         "origin": asdict(origin),
     }
+
+
+def _fitted(model: UncertainModel) -> dict[str, Any]:
+    return {part: fitted_record(getattr(model, part)) for part in _PARTS}
 
 
 def _dense(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
 
+from compress_uq.calibration import AUTO
 from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.data import Augmentation, Splits
 from compress_uq.finishing import Finished, finish, finish_model
@@ -77,6 +78,11 @@ class Compression:
             device=self.training.device, progress=self.progress,
         )  # fmt: skip
         return Compressed(self._noted(done), networks)
+
+    def settle_calibration(self, model: UncertainModel) -> None:
+        """From here on take the calibrator that was chosen for this model, where one had to be."""
+        if self.answers.calibration == AUTO:
+            self.answers = replace(self.answers, calibration=model.calibrator.name)
 
     def control(self, compressed: Compressed) -> tuple[UncertainModel, float]:
         """The dense models given the same training and uncertainty, and the seconds that it took."""

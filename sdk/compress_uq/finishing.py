@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from compress_uq.calibration import CALIBRATORS
+from compress_uq.calibration import check_name
 from compress_uq.config import AnswerConfig
 from compress_uq.data import Splits
 from compress_uq.errors import CalibrationError
@@ -37,8 +37,8 @@ def check_answers(answers: AnswerConfig, splits: Splits | None) -> None:
     Raises:
         InputError: an unknown name, or a split that is missing.
     """
-    kind = CALIBRATORS[answers.calibration]
-    if splits is not None and kind.name != "none":
+    check_name(answers.calibration)
+    if splits is not None and answers.calibration != "none":
         splits.require("calibration", f"calibration {answers.calibration!r}")
 
 

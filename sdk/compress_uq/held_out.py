@@ -10,7 +10,7 @@ import torch
 from compress_uq.calibration import CALIBRATORS, Calibrator
 from compress_uq.data import Splits, take_class_balanced
 from compress_uq.errors import CalibrationError, DataError
-from compress_uq.metrics import classification_figures
+from compress_uq.metrics import classification_metrics
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.scores import Score
 from compress_uq.steps import logits_of_members
@@ -68,5 +68,5 @@ def _answers(logits: np.ndarray, calibrator: Calibrator | None, score: Score) ->
 
 
 def _figures(probabilities: np.ndarray, uncertainty: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    figures = classification_figures(probabilities, labels, uncertainty)
-    return {name: figure.to_json()["value"] for name, figure in figures.items()}
+    values = classification_metrics(probabilities, labels, uncertainty)
+    return {name: None if np.isnan(value) else value for name, value in values.items()}

@@ -18,9 +18,10 @@ from torch import nn
 
 from compress_uq._version import __version__
 from compress_uq.bundle import Bundle, recipe_hash
+from compress_uq.calibration import Identity
 from compress_uq.compression import Compression
 from compress_uq.config import AnswerConfig, TrainingConfig
-from compress_uq.data import Splits, identical_images
+from compress_uq.data import ImageDataset, Splits, identical_images
 from compress_uq.errors import DataError, GateError, InputError, ModelError
 from compress_uq.export import export_onnx
 from compress_uq.finishing import AnswerOptions, check_answers
@@ -37,7 +38,7 @@ from compress_uq.steps import TrainingOptions, resolve_method, training_config
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import Method
 
-__all__ = ["CompressionPlan", "compress", "plan_compression"]
+__all__ = ["CompressionPlan", "compress", "plan_compression", "suspicions"]
 
 
 class CompressOptions(PruningOptions, TrainingOptions, AnswerOptions, total=False):
@@ -174,16 +175,22 @@ def compress(
         work_dir, list(plan.warnings),
     )  # fmt: skip
     with _modes_kept(models):
-        # The dense model, as it was given and calibrated on the same images.
+        # The dense model as it was given.
         dense = run.dense()
         dense_evaluation = run.measured(dense, "dense")
         run.warnings += _near_chance(dense_evaluation)
-        dense_calibrated_evaluation = run.measured(run.dense_calibrated(), "dense calibrated")
 
         # The compressed model.
         compressed = run.compressed(plan.networks)
-        recipe = _recipe(plan, compressed.networks, config, splits, architecture)
+        recipe = {
+            **_recipe(plan, compressed.networks, config, splits, architecture),
+            "calibration_choice": compressed.model.calibrator.choice,
+        }
         evaluation = _with_cost(run.measured(compressed.model, "compressed"), training_seconds=compressed.seconds)
+
+        # What it is compared with gets the same calibrator on the same images, also where that was chosen.
+        run.settle_calibration(compressed.model)
+        dense_calibrated_evaluation = run.measured(run.dense_calibrated(), "dense calibrated")
 
         # Its exported file, measured again, and timed beside one dense pass.
         with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +209,7 @@ def compress(
             control_model, seconds = run.control(compressed)
             control_evaluation = _with_cost(run.measured(control_model, "control"), training_seconds=seconds)
 
-    run.warnings += _suspicions(compressed.model, splits, evaluation)
+    run.warnings += suspicions(compressed.model, splits, evaluation)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),
@@ -372,13 +379,17 @@ def _near_chance(dense: Evaluation) -> list[str]:
     ]
 
 
-def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -> list[str]:
-    """Signs that a figure cannot be believed."""
+def suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -> list[str]:
+    """Signs that a figure cannot be believed, each in a sentence."""
     found = []
     if splits.calibration is not None:
-        (probabilities,), labels = collect(lambda images: model(images).probabilities, splits.calibration)
-        right, count = int((probabilities.argmax(1) == labels).sum()), len(labels)
+        # A calibrator that changes labels is right too often on the images that it was fitted on.
+        relabels = model.calibrator.every_class
+        plain = model.but(calibrator=Identity()) if relabels else model
+        right, count = _right(plain, splits.calibration)
         test_right = int((evaluation.prediction.label == evaluation.labels).sum())
+        if relabels:
+            test_right, _ = _right(plain, splits.require("test", "the report card"))
         z = _two_shares(right, count, test_right, len(evaluation.labels))
         if z > 2.33:
             found.append(
@@ -394,6 +405,12 @@ def _suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) -
             f"AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}"
         )
     return found
+
+
+def _right(model: UncertainModel, dataset: ImageDataset) -> tuple[int, int]:
+    """Images classified right, and all of them."""
+    (label,), truth = collect(lambda images: model(images).label, dataset)
+    return int((label == truth).sum()), len(truth)
 
 
 def _two_shares(right: int, count: int, other_right: int, other_count: int) -> float:

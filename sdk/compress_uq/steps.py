@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_uq.calibration import CALIBRATORS
+from compress_uq.calibration import Identity, check_name, fit_calibrator
 from compress_uq.config import TrainingConfig
 from compress_uq.cost import on_device
 from compress_uq.data import AUGMENTATIONS, Augmentation, ImageDataset, Splits, check_labels
@@ -216,23 +216,30 @@ def calibrate(
 ) -> UncertainModel:
     """A copy of the model with a calibrator fitted on the calibration split, and without decision rules.
 
+    Args:
+        model: an uncertain model; a calibrator that it has is replaced.
+        splits: needs `calibration`, unless the method is `none`.
+        method: a calibrator's name, or `auto`, whose choice is the fitted calibrator's `choice`.
+        device: where the members are run.
+        progress: called as images are read.
+
     Raises:
         DataError: no calibration split.
         CalibrationError: nothing to fit.
+        MissingDependencyError: netcal fits it, and is not installed.
     """
     if not isinstance(model, UncertainModel):
         raise CalibrationError(
             f"calibrate takes an UncertainModel, not a {type(model).__name__}: call fit_uncertainty first"
         )
-    kind = CALIBRATORS[method]
+    check_name(method)
     # Thresholds hold for the probabilities that they were fitted on, and for no others.
     parts = {"acceptance": None, "sets": None}
     if method == "none":
-        return model.but(calibrator=kind(), **parts)
+        return model.but(calibrator=Identity(), **parts)
     dataset = splits.require("calibration", f"calibration {method!r}")
     logits, labels = logits_of_members(model, dataset, device=device, progress=progress, stage="calibrating")
-    fitted = kind.fit(logits, labels)
-    return model.but(calibrator=fitted, **parts)
+    return model.but(calibrator=fit_calibrator(method, logits, labels), **parts)
 
 
 def logits_of_members(

@@ -1,13 +1,27 @@
-"""Calibrators: fitted on their own images, applied to members' logits."""
+"""Calibrators: fitted on their own images, applied to members' logits or to their mean."""
 
 from compress_uq.calibration.base import Calibrator, Identity
+from compress_uq.calibration.by_name import AUTO, CALIBRATORS, check_name
+from compress_uq.calibration.choice import Choice, choose, fit_calibrator
+from compress_uq.calibration.dirichlet import Dirichlet
+from compress_uq.calibration.one_vs_rest import Beta, Histogram, Isotonic, OneVsRest
 from compress_uq.calibration.temperature import Temperature
-from compress_uq.registry import Entry, Registry
+from compress_uq.calibration.vector import Vector
 
-__all__ = ["CALIBRATORS", "Calibrator", "Identity", "Temperature"]
-
-CALIBRATORS: Registry[type[Calibrator]] = Registry(
-    "calibrator",
-    Entry("none", "probabilities as the members give them", "", Identity),
-    Entry("temperature", "one temperature on the members' logits", "Guo 2017, section 4.2", Temperature),
-)
+__all__ = [
+    "AUTO",
+    "CALIBRATORS",
+    "Beta",
+    "Calibrator",
+    "Choice",
+    "Dirichlet",
+    "Histogram",
+    "Identity",
+    "Isotonic",
+    "OneVsRest",
+    "Temperature",
+    "Vector",
+    "check_name",
+    "choose",
+    "fit_calibrator",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from compress_uq.calibration.base import Calibrator
 from compress_uq.errors import CalibrationError
 
-__all__ = ["Temperature"]
+__all__ = ["Temperature", "best_log_temperature"]
 
 _BOUND = math.log(50.0)
 
@@ -34,30 +35,37 @@ class Temperature(Calibrator):
         return math.exp(float(self.log_temperature))
 
     @classmethod
-    def fit(cls, logits: np.ndarray, labels: np.ndarray) -> Temperature:
-        """Fit t on members' logits (T, N, K) and labels (N,).
-
-        Raises:
-            CalibrationError: the likelihood has no optimum, as when every image is classified right.
-        """
-        members = logits.astype(np.float64)
-        rows = np.arange(len(labels))
-        likelihood = members - members.max(2, keepdims=True)
-
-        def nll(log_temperature: float) -> float:
-            log_p = log_softmax(likelihood / math.exp(log_temperature), axis=2)[:, rows, labels]
-            return float(-(logsumexp(log_p, axis=0) - math.log(len(members))).mean())
-
-        found = minimize_scalar(nll, bounds=(-_BOUND, _BOUND), method="bounded", options={"xatol": 1e-6})
-        if min(nll(-_BOUND), nll(_BOUND)) <= nll(found.x) + 1e-7:
-            right = int((np.exp(log_softmax(members, axis=2)).mean(0).argmax(1) == labels).sum())
-            raise CalibrationError(
-                f"no temperature fits: {right} of {len(labels)} calibration images are classified right, and the "
-                "likelihood has no optimum; give more calibration images, or calibration 'none'"
-            )
-        return cls(log_temperature=torch.tensor(found.x, dtype=torch.float32))
+    def _fit(cls, logits: np.ndarray, labels: np.ndarray) -> Self:
+        return cls(log_temperature=torch.tensor(best_log_temperature(logits, labels), dtype=torch.float32))
 
     def logits(self, members: Tensor) -> Tensor:
         """Members' logits (T, N, K) divided by t."""
         self.require_fitted()
         return members * torch.exp(-self.log_temperature)
+
+
+def best_log_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """log t of the temperature that fits members' logits (T, N, K) and labels (N,) best.
+
+    Raises:
+        CalibrationError: the likelihood has no optimum, as when every image is classified right, or when answers and
+            labels have nothing to do with each other.
+    """
+    members = logits.astype(np.float64)
+    rows = np.arange(len(labels))
+    centred = members - members.max(2, keepdims=True)
+
+    def nll(log_temperature: float) -> float:
+        log_p = log_softmax(centred / math.exp(log_temperature), axis=2)[:, rows, labels]
+        return float(-(logsumexp(log_p, axis=0) - math.log(len(members))).mean())
+
+    found = minimize_scalar(nll, bounds=(-_BOUND, _BOUND), method="bounded", options={"xatol": 1e-6})
+    sharp, flat = nll(-_BOUND), nll(_BOUND)
+    if min(sharp, flat) <= nll(found.x) + 1e-7:
+        right = int((np.exp(log_softmax(members, axis=2)).mean(0).argmax(1) == labels).sum())
+        remedy = "give more calibration images" if sharp < flat else "look at the model and the order of its classes"
+        raise CalibrationError(
+            f"no temperature fits: {right} of {len(labels)} calibration images are classified right, and the "
+            f"likelihood has no optimum; {remedy}, or take calibration 'none'"
+        )
+    return float(found.x)

@@ -1,23 +1,35 @@
 """Pure functions of arrays or tensors; what each means, its range, and where other libraries differ."""
 
-from compress_uq.metrics.bootstrap import Figure, classification_figures, mean_figure, ood_figures
-from compress_uq.metrics.calibration import ReliabilityBins, ece, reliability
-from compress_uq.metrics.classification import accuracy, brier, f1_macro, nll, per_class_accuracy
-from compress_uq.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
+from compress_uq.metrics import paper
+from compress_uq.metrics.bootstrap import (
+    Figure,
+    classification_figures,
+    classification_metrics,
+    mean_figure,
+    ood_figures,
+)
+from compress_uq.metrics.calibration import ReliabilityBins, classwise_ece, ece, reliability
+from compress_uq.metrics.classification import accuracy, brier, f1_at, f1_macro, f1_per_class, nll, per_class_accuracy
+from compress_uq.metrics.members import entropy, mutual_information, vote_entropy
+from compress_uq.metrics.ood import ood_aupr, ood_aupr_in, ood_auroc, ood_fpr95, ood_fpr95_in
 from compress_uq.metrics.ranking import (
     accuracy_at,
     aurc,
     ause,
     ause_exact,
+    coverage_at_risk,
     error_auroc,
     random_ause,
+    risk_at_coverage,
     sparsification_curves,
+    spearman,
 )
+from compress_uq.metrics.sets import mean_set_size, set_coverage
 from compress_uq.registry import Entry, Registry
 
 __all__ = [
-    "METRICS",
     "Figure",
+    "METRICS",
     "ReliabilityBins",
     "accuracy",
     "accuracy_at",
@@ -26,19 +38,34 @@ __all__ = [
     "ause_exact",
     "brier",
     "classification_figures",
+    "classification_metrics",
+    "classwise_ece",
+    "coverage_at_risk",
     "ece",
+    "entropy",
     "error_auroc",
+    "f1_at",
     "f1_macro",
+    "f1_per_class",
     "mean_figure",
+    "mean_set_size",
+    "mutual_information",
     "nll",
     "ood_aupr",
+    "ood_aupr_in",
     "ood_auroc",
     "ood_figures",
     "ood_fpr95",
+    "ood_fpr95_in",
+    "paper",
     "per_class_accuracy",
     "random_ause",
     "reliability",
+    "risk_at_coverage",
+    "set_coverage",
     "sparsification_curves",
+    "spearman",
+    "vote_entropy",
 ]
 
 METRICS: Registry[str] = Registry(

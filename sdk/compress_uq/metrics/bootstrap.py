@@ -1,23 +1,34 @@
-"""Figures with 95 % bootstrap intervals."""
+"""The report card's figures, and their 95 % bootstrap intervals.
+
+A resample of images is how often each was drawn: it reweights orders, bins and sums that were found once.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from compress_uq.metrics.arrays import Floats, Ints, checked, floats
-from compress_uq.metrics.calibration import reliability_of
-from compress_uq.metrics.classification import brier_terms, f1_of, nll_terms
-from compress_uq.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
-from compress_uq.metrics.ranking import accuracy_at_of, aurc_of, auroc, ause_of
+from compress_uq.metrics.arrays import Columns, Ints, checked
+from compress_uq.metrics.calibration import width_bin
+from compress_uq.metrics.classification import ClassCounts, macro
+from compress_uq.metrics.ood import ood_ranking
+from compress_uq.metrics.order import Groups, Ranking, Weighed
+from compress_uq.metrics.ranking import retained_count, risk_of_first, sparsification_error
 
-__all__ = ["RESAMPLES", "Figure", "classification_figures", "ood_figures"]
+__all__ = [
+    "RESAMPLES",
+    "Figure",
+    "classification_figures",
+    "classification_metrics",
+    "mean_figure",
+    "ood_figures",
+]
 
-RESAMPLES = 500
+RESAMPLES = 1000
+_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -33,79 +44,110 @@ class Figure:
         return {k: None if math.isnan(v) else v for k, v in vars(self).items()}
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """All that the metrics need of each image, so that a resample is a gather of short columns."""
-
-    confidence: Floats
-    wrong: Any
-    uncertainty: Floats
-    oracle: Floats
-    nll: Floats
-    brier: Floats
-    predicted: Ints
-    labels: Ints
-
-    def take(self, rows: Ints) -> _Columns:
-        return _Columns(*(column[rows] for column in vars(self).values()))
-
-
-def classification_figures(probabilities: Any, labels: Any, uncertainty: Any, *, seed: int = 0) -> dict[str, Figure]:
-    """Every metric of the report card that needs no OOD set.
+def classification_metrics(probabilities: Any, labels: Any, uncertainty: Any = None) -> dict[str, float]:
+    """Every metric of the report card that needs no OOD set, without intervals; an undefined one is NaN.
 
     Args:
         probabilities: (N, K).
         labels: (N,).
-        uncertainty: (N,) the score that ranks.
-        seed: draws the resamples of images; the same seed and N give the same ones, so that columns are comparable.
+        uncertainty: (N,) the score that ranks; 1 - max p if None.
+
+    Raises:
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
     """
-    p, y = checked(probabilities, labels)
-    classes = p.shape[1]
-    predicted = p.argmax(1)
-    columns = _Columns(
-        p.max(1),
-        predicted != y,
-        floats(uncertainty, "uncertainty"),
-        1 - p[np.arange(len(y)), y],
-        nll_terms(p, y),
-        brier_terms(p, y),
-        predicted,
-        y,
-    )
-    measures: dict[str, Callable[[_Columns], float]] = {
-        "accuracy": lambda c: float(1 - c.wrong.mean()),
-        "nll": lambda c: float(c.nll.mean()),
-        "brier": lambda c: float(c.brier.mean()),
-        "ece": lambda c: reliability_of(c.confidence, ~c.wrong, 15).ece,
-        "ause": lambda c: ause_of(c.uncertainty, c.wrong, c.oracle),
-        "ause_exact": lambda c: aurc_of(c.uncertainty, c.wrong) - aurc_of(c.oracle, c.wrong),
-        "aurc": lambda c: aurc_of(c.uncertainty, c.wrong),
-        "error_auroc": lambda c: auroc(c.uncertainty, c.wrong),
-        "accuracy_at_50": lambda c: accuracy_at_of(c.uncertainty, c.wrong, 0.5),
-        "f1_macro": lambda c: f1_of(c.predicted, c.labels, classes),
-    }
-    values = {name: measure(columns) for name, measure in measures.items()}
+    images = _Images(checked(probabilities, labels), uncertainty)
+    return images.metrics(np.ones(images.count, np.int64))
+
+
+def classification_figures(
+    probabilities: Any, labels: Any, uncertainty: Any = None, *, seed: int = 0
+) -> dict[str, Figure]:
+    """The same with intervals.
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,).
+        uncertainty: (N,) the score that ranks; 1 - max p if None.
+        seed: draws the resamples of images; the same seed and N give the same ones, so that columns are comparable.
+
+    Raises:
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
+    """
+    images = _Images(checked(probabilities, labels), uncertainty)
     random = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {name: [] for name in measures}
-    for _ in range(RESAMPLES):
-        resample = columns.take(random.integers(0, len(y), len(y)))
-        for name, measure in measures.items():
-            drawn[name].append(measure(resample))
-    return {name: _figure(values[name], drawn[name]) for name in measures}
+    drawn = [images.metrics(_resample(random, images.count)) for _ in range(RESAMPLES)]
+    return _figures(images.metrics(np.ones(images.count, np.int64)), drawn)
 
 
 def ood_figures(in_scores: Any, out_scores: Any, *, seed: int = 0) -> dict[str, Figure]:
-    """AUROC, AUPR and FPR95 of a score, out-of-distribution positive."""
-    low, high = floats(in_scores, "in_scores"), floats(out_scores, "out_scores")
-    measures = {"auroc": ood_auroc, "aupr": ood_aupr, "fpr95": ood_fpr95}
+    """AUROC, AUPR and FPR95 of a score, out-of-distribution positive; both sets are resampled.
+
+    Raises:
+        DataError: either set is empty, or holds NaN or infinity.
+    """
+    ranking = ood_ranking(in_scores, out_scores)
+    out = len(ranking.places)
+    counts = (len(ranking.order) - out, out)
     random = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {name: [] for name in measures}
+    drawn = []
     for _ in range(RESAMPLES):
-        a = low[random.integers(0, len(low), len(low))]
-        b = high[random.integers(0, len(high), len(high))]
-        for name, measure in measures.items():
-            drawn[name].append(measure(a, b))
-    return {name: _figure(measure(low, high), drawn[name]) for name, measure in measures.items()}
+        weights = np.concatenate([_resample(random, count) for count in counts])
+        drawn.append(_ood_metrics(ranking.weighed(weights)))
+    return _figures(_ood_metrics(ranking.weighed()), drawn)
+
+
+def mean_figure(figures: list[Figure]) -> Figure:
+    """The mean of several figures; its interval is the mean of theirs, which is on the wide side."""
+    return Figure(*(float(np.mean([getattr(f, part) for f in figures])) for part in ("value", "low", "high")))
+
+
+class _Images:
+    """What does not change from one resample to the next."""
+
+    def __init__(self, columns: Columns, uncertainty: Any) -> None:
+        self.count = len(columns.labels)
+        self.by_uncertainty = Ranking(columns.uncertainty(uncertainty), columns.wrong)
+        self.by_oracle = Ranking(columns.oracle, columns.wrong)
+        self.means = np.stack([columns.nll, columns.brier])
+        self.gap = ~columns.wrong - columns.confidence
+        self.bins = Groups(np.arange(self.count), width_bin(columns.confidence, _BINS), _BINS)
+        self.classes = ClassCounts(columns)
+
+    def metrics(self, counts: Ints) -> dict[str, float]:
+        """Each image counted `counts` (N,) times, N in all."""
+        weights = counts.astype(np.float64)
+        ranked, best = self.by_uncertainty.weighed(counts), self.by_oracle.weighed(counts)
+        nll, brier = (self.means @ weights / self.count).tolist()
+        area = ranked.area()
+        return {
+            "accuracy": 1 - ranked.positive / self.count,
+            "nll": nll,
+            "brier": brier,
+            "ece": float(np.abs(self.bins.sums(self.gap * weights)).sum() / self.count),
+            "ause": sparsification_error(ranked, best),
+            "ause_exact": area - best.area(),
+            "aurc": area,
+            "error_auroc": ranked.auroc(),
+            "accuracy_at_50": 1 - risk_of_first(ranked, retained_count(self.count, 0.5)),
+            "f1_macro": macro(self.classes.f1(weights)),
+        }
+
+
+def _ood_metrics(ranked: Weighed) -> dict[str, float]:
+    return {
+        "auroc": ranked.auroc(),
+        "aupr": ranked.average_precision(),
+        "fpr95": ranked.false_positive_rate(0.95),
+    }
+
+
+def _resample(random: np.random.Generator, count: int) -> Ints:
+    """How often each of `count` images is drawn in as many draws."""
+    return np.bincount(random.integers(0, count, count), minlength=count)
+
+
+def _figures(values: dict[str, float], drawn: list[dict[str, float]]) -> dict[str, Figure]:
+    return {name: _figure(value, [d[name] for d in drawn]) for name, value in values.items()}
 
 
 def _figure(value: float, drawn: list[float]) -> Figure:
@@ -115,8 +157,3 @@ def _figure(value: float, drawn: list[float]) -> Figure:
         return Figure(value, value, value)
     low, high = np.percentile(defined, [2.5, 97.5])
     return Figure(value, min(float(low), value), max(float(high), value))
-
-
-def mean_figure(figures: list[Figure]) -> Figure:
-    """The mean of several figures; its interval is the mean of theirs, which is on the wide side."""
-    return Figure(*(float(np.mean([getattr(f, part) for f in figures])) for part in ("value", "low", "high")))

@@ -1,6 +1,6 @@
 """How well an uncertainty ranks the errors: sparsification, risk and coverage, AUROC.
 
-Where images tie, the value is the mean over their orders. `uncertainty` defaults to 1 - max p.
+Where images tie, the value is the mean over their orders. `uncertainty` defaults to 1 - max p; higher is less certain.
 """
 
 from __future__ import annotations
@@ -9,40 +9,63 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
-from compress_uq.errors import InputError
-from compress_uq.metrics.arrays import Floats, checked, floats
+from compress_uq.errors import DataError, InputError
+from compress_uq.metrics.arrays import Columns, Floats, checked, scores
+from compress_uq.metrics.order import KEPT, STEP, Ranking, Weighed
 
-__all__ = ["accuracy_at", "aurc", "ause", "ause_exact", "error_auroc", "random_ause", "sparsification_curves"]
-
-_STEP = 0.02
-_REMOVED = np.arange(0, 100, 2)
+__all__ = [
+    "accuracy_at",
+    "aurc",
+    "ause",
+    "ause_exact",
+    "coverage_at_risk",
+    "error_auroc",
+    "random_ause",
+    "risk_at_coverage",
+    "sparsification_curves",
+    "spearman",
+]
 
 
 def ause(probabilities: ArrayLike | Any, labels: ArrayLike | Any, uncertainty: ArrayLike | Any = None) -> float:
-    """Area under the sparsification error: error rate of those kept by `uncertainty` minus that of the oracle.
+    """Area under the sparsification error: error rate of those kept by `uncertainty` minus that of the oracle; -1 to 1.
 
     Holzbock's Algorithm 1, its sign corrected: for q = 0, 2, ... 98 keep u <= percentile(u, 100 - q); the oracle keeps
-    by 1 - p[label]; trapezoid with step 0.02. Lower is better; a random order scores `random_ause`. torch-uncertainty's
-    AUSE is another quantity (errors relative to the initial error, a 0/1 oracle).
+    by 1 - p[label]; trapezoid with step 0.02. 0 is the oracle, lower is better; a random order scores `random_ause`.
+    torch-uncertainty's AUSE is another quantity, and not the same one in every release: errors relative to all errors
+    (to 0.12.1) or to the initial error rate (0.13), with an oracle that knows only right and wrong.
+
+    Raises:
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
     """
-    p, y = checked(probabilities, labels)
-    wrong = p.argmax(1) != y
-    return ause_of(_uncertainty(p, uncertainty), wrong, 1 - p[np.arange(len(y)), y])
+    c = checked(probabilities, labels)
+    return sparsification_error(*_rankings(c, uncertainty))
 
 
 def ause_exact(probabilities: ArrayLike | Any, labels: ArrayLike | Any, uncertainty: ArrayLike | Any = None) -> float:
-    """The same with every image removed in turn: AURC minus the oracle's AURC."""
-    p, y = checked(probabilities, labels)
-    wrong = p.argmax(1) != y
-    return aurc_of(_uncertainty(p, uncertainty), wrong) - aurc_of(1 - p[np.arange(len(y)), y], wrong)
+    """The same with every image removed in turn: AURC minus the oracle's AURC; -1 to 1, 0 is the oracle.
+
+    Geifman et al. 2019 call it excess AURC and take an oracle that knows right and wrong; this one orders by
+    1 - p[label], as AUSE does.
+
+    Raises:
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
+    """
+    ranked, best = _rankings(checked(probabilities, labels), uncertainty)
+    return ranked.area() - best.area()
 
 
 def aurc(probabilities: ArrayLike | Any, labels: ArrayLike | Any, uncertainty: ArrayLike | Any = None) -> float:
-    """Area under the risk-coverage curve: mean over k of the error rate among the k most certain images."""
-    p, y = checked(probabilities, labels)
-    return aurc_of(_uncertainty(p, uncertainty), p.argmax(1) != y)
+    """Area under the risk-coverage curve: mean over k of the error rate among the k most certain images; 0 to 1.
+
+    Geifman and El-Yaniv 2017. torch-uncertainty integrates by trapezoids and leaves ties in the order of the sort.
+
+    Raises:
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
+    """
+    return _ranking(checked(probabilities, labels), uncertainty).area()
 
 
 def accuracy_at(
@@ -52,89 +75,125 @@ def accuracy_at(
     *,
     retained: float = 0.5,
 ) -> float:
-    """Accuracy of the share `retained` of images that are most certain.
+    """Accuracy of the share `retained` of images that are most certain; 0 to 1.
 
     Raises:
         InputError: `retained` is not above 0 and at most 1.
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
     """
-    p, y = checked(probabilities, labels)
-    return accuracy_at_of(_uncertainty(p, uncertainty), p.argmax(1) != y, retained)
+    ranked = _ranking(checked(probabilities, labels), uncertainty)
+    return 1 - risk_of_first(ranked, retained_count(ranked.total, retained))
+
+
+def risk_at_coverage(
+    probabilities: ArrayLike | Any,
+    labels: ArrayLike | Any,
+    uncertainty: ArrayLike | Any = None,
+    *,
+    coverage: float = 0.8,
+) -> float:
+    """Error rate of the fewest most certain images that are at least the share `coverage` of all; 0 to 1.
+
+    Raises:
+        InputError: `coverage` is not above 0 and at most 1.
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
+    """
+    _share("coverage", coverage)
+    ranked = _ranking(checked(probabilities, labels), uncertainty)
+    return risk_of_first(ranked, max(1, int(np.ceil(ranked.total * coverage - 1e-9))))
+
+
+def coverage_at_risk(
+    probabilities: ArrayLike | Any,
+    labels: ArrayLike | Any,
+    uncertainty: ArrayLike | Any = None,
+    *,
+    risk: float = 0.05,
+) -> float:
+    """Largest share of most certain images whose error rate is at most `risk`; 0 to 1, NaN where there is none.
+
+    What the images at hand say, without a guarantee for others.
+
+    Raises:
+        InputError: `risk` is not from 0 to 1.
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
+    """
+    if not 0 <= risk <= 1:
+        raise InputError(f"risk={risk}: expected an error rate from 0 to 1")
+    ranked = _ranking(checked(probabilities, labels), uncertainty)
+    k = np.arange(1, ranked.total + 1)
+    enough = np.flatnonzero(ranked.positives_among(k) / k <= risk)
+    return float(k[enough[-1]] / ranked.total) if len(enough) else float("nan")
 
 
 def error_auroc(probabilities: ArrayLike | Any, labels: ArrayLike | Any, uncertainty: ArrayLike | Any = None) -> float:
-    """Probability that a wrong image is more uncertain than a right one, ties half; NaN without either."""
-    p, y = checked(probabilities, labels)
-    return auroc(_uncertainty(p, uncertainty), p.argmax(1) != y)
+    """Probability that a wrong image is more uncertain than a right one, ties half; 0 to 1, NaN without either.
+
+    Hendrycks and Gimpel 2017; from ranks. torchmetrics squashes scores outside 0..1 by a sigmoid, which makes ties.
+
+    Raises:
+        DataError: arrays that do not fit, or that are no probabilities, labels or scores.
+    """
+    return _ranking(checked(probabilities, labels), uncertainty).auroc()
 
 
 def random_ause(probabilities: ArrayLike | Any, labels: ArrayLike | Any) -> float:
     """AUSE that an uncertainty without information has on average: the bar that a useful one stays well below."""
-    p, y = checked(probabilities, labels)
-    wrong = p.argmax(1) != y
-    _, oracle = _curves(np.zeros(len(y)), wrong, 1 - p[np.arange(len(y)), y])
-    return float(np.trapezoid(wrong.mean() - oracle, dx=_STEP))
+    c = checked(probabilities, labels)
+    return float(np.trapezoid(c.wrong.mean() - Ranking(c.oracle, c.wrong).weighed().shares_kept(), dx=STEP))
 
 
 def sparsification_curves(
     probabilities: ArrayLike | Any, labels: ArrayLike | Any, uncertainty: ArrayLike | Any = None
 ) -> tuple[Floats, Floats, Floats]:
     """Share removed (50,), error rate of those kept by the uncertainty (50,), and by the oracle (50,)."""
-    p, y = checked(probabilities, labels)
-    kept, oracle = _curves(_uncertainty(p, uncertainty), p.argmax(1) != y, 1 - p[np.arange(len(y)), y])
-    return _REMOVED / 100, kept, oracle
+    ranked, best = _rankings(checked(probabilities, labels), uncertainty)
+    return 1 - KEPT, ranked.shares_kept(), best.shares_kept()
 
 
-def ause_of(uncertainty: Floats, wrong: Any, oracle: Floats) -> float:
-    """AUSE from uncertainties, errors and the oracle's order, each (N,)."""
-    kept, best = _curves(uncertainty, wrong, oracle)
-    return float(np.trapezoid(kept - best, dx=_STEP))
+def spearman(first: ArrayLike | Any, second: ArrayLike | Any) -> float:
+    """Rank correlation of two scores (N,), ties at their mean rank; -1 to 1, NaN where either is constant.
 
-
-def aurc_of(uncertainty: Floats, wrong: Any) -> float:
-    """AURC from uncertainties and errors, each (N,)."""
-    return float((_expected_errors(uncertainty, wrong) / np.arange(1, len(wrong) + 1)).mean())
-
-
-def accuracy_at_of(uncertainty: Floats, wrong: Any, retained: float) -> float:
-    """Accuracy of the most certain share, from uncertainties and errors (N,)."""
-    if not 0 < retained <= 1:
-        raise InputError(f"retained={retained}: expected a share above 0 and at most 1")
-    count = max(1, round(len(wrong) * retained))
-    return float(1 - _expected_errors(uncertainty, wrong)[count - 1] / count)
-
-
-def auroc(scores: Floats, positive: Any) -> float:
-    """Rank-based AUROC (N,), ties half; NaN where one class is empty. No score is squashed on the way."""
-    count = int(np.sum(positive))
-    if count in (0, len(scores)):
+    Raises:
+        DataError: scores of different lengths, fewer than two, or NaN or infinity among them.
+    """
+    a = scores(first, "the first score")
+    b = scores(second, "the second score", len(a))
+    if len(a) < 2:
+        raise DataError("1 value: a rank correlation needs two or more")
+    if a.min() == a.max() or b.min() == b.max():
         return float("nan")
-    ranks = rankdata(scores)[np.asarray(positive, dtype=bool)].sum()
-    return float((ranks - count * (count + 1) / 2) / (count * (len(scores) - count)))
+    return float(spearmanr(a, b).statistic)
 
 
-def _uncertainty(p: Floats, given: Any) -> Floats:
-    values = 1 - p.max(1) if given is None else floats(given, "uncertainty").reshape(-1)
-    if len(values) != len(p):
-        raise InputError(f"uncertainty has {len(values)} values: expected one for each of {len(p)} images")
-    return values
+def sparsification_error(ranked: Weighed, best: Weighed) -> float:
+    """AUSE from the errors in the order of the uncertainty and in that of the oracle."""
+    return float(np.trapezoid(ranked.shares_kept() - best.shares_kept(), dx=STEP))
 
 
-def _curves(uncertainty: Floats, wrong: Any, oracle: Floats) -> tuple[Floats, Floats]:
-    return _kept_errors(uncertainty, wrong), _kept_errors(oracle, wrong)
+def risk_of_first(ranked: Weighed, count: int) -> float:
+    """Expected error rate of the `count` most certain images."""
+    return float(ranked.positives_among(np.array([count]))[0] / count)
 
 
-def _kept_errors(order_by: Floats, wrong: Any) -> Floats:
-    """Error rate among u <= percentile(u, 100 - q) for every q, by one sort."""
-    order = np.argsort(order_by, kind="stable")
-    ordered = order_by[order]
-    kept = np.searchsorted(ordered, np.percentile(ordered, 100 - _REMOVED), side="right")
-    errors = np.concatenate([[0.0], np.cumsum(np.asarray(wrong, dtype=np.float64)[order])])
-    return errors[kept] / kept
+def retained_count(images: int, retained: float) -> int:
+    """How many images the share `retained` is.
+
+    Raises:
+        InputError: it is not above 0 and at most 1.
+    """
+    _share("retained", retained)
+    return max(1, round(images * retained))
 
 
-def _expected_errors(uncertainty: Floats, wrong: Any) -> Floats:
-    """Expected number of errors among the k most certain images, k = 1..N, over the orders of ties."""
-    _, group, count = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    errors = np.bincount(group, weights=np.asarray(wrong, dtype=np.float64))
-    # Within a group of ties every image carries the group's mean error.
-    return np.cumsum(np.repeat(errors / count, count))
+def _share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise InputError(f"{name}={value}: expected a share above 0 and at most 1")
+
+
+def _ranking(c: Columns, uncertainty: Any) -> Weighed:
+    return Ranking(c.uncertainty(uncertainty), c.wrong).weighed()
+
+
+def _rankings(c: Columns, uncertainty: Any) -> tuple[Weighed, Weighed]:
+    return _ranking(c, uncertainty), Ranking(c.oracle, c.wrong).weighed()

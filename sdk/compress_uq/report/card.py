@@ -22,7 +22,7 @@ CONVENTIONS = {
     "ece": "top label, 15 equal-width bins [a, b), the last closed",
     "ause": "Holzbock algorithm 1, sign corrected: q = 0, 2 ... 98, oracle 1 - p[label], trapezoid with step 0.02",
     "ood": "out-of-distribution is the positive class; fpr95 at 95 % of them flagged; ood_auroc is the mean over sets",
-    "intervals": "95 % percentile bootstrap over images, 500 resamples, widened to hold the figure; per class: Wilson",
+    "intervals": "95 % percentile bootstrap, 1,000 resamples, widened to hold the figure; per class: Wilson",
     "scores": "float32, from logits; uncertainty = 1 - confidence; ood_score = entropy",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
@@ -115,9 +115,9 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         texts = {c: _figure(report[c]["metrics"].get(metric)) for c in present}
         if any(texts.values()):
             rows.append((metric, texts))
-    sets = list(report["dense"]["ood"])
-    rows += [(f"OOD AUROC {s}", {c: _figure(report[c]["ood"][s]["auroc"]) for c in present}) for s in sets]
-    rows += [(f"OOD FPR95 {s}", {c: _figure(report[c]["ood"][s]["fpr95"]) for c in present}) for s in sets]
+    sets = dict.fromkeys(s for c in present for s in report[c]["ood"])
+    for title, figure in (("OOD AUROC", "auroc"), ("OOD FPR95", "fpr95")):
+        rows += [(f"{title} {s}", {c: _figure(report[c]["ood"].get(s, {}).get(figure)) for c in present}) for s in sets]
     rows.append(("parameters", {c: _count(report[c]["cost"]["parameters"]) for c in present}))
     rows.append(("MACs", {c: _count(report[c]["cost"]["macs"]) for c in present}))
     rows.append(("bytes", {c: _count(report[c]["cost"]["size_bytes"]) for c in present}))
@@ -135,6 +135,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     present = [name for name in COLUMNS if report[name] is not None]
     lines = ["# Report card", "", "| | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(texts[c] for c in present) + " |" for name, texts in table_rows(report)]
+    lines += _recalibration(report.get("recalibration"))
     lines += ["", "## Accuracy per class", "", "| class | dense | compressed |", "|---|---|---|"]
     for name, dense in report["dense"]["per_class"].items():
         lines.append(f"| {name} | {_figure(dense)} | {_figure(report['compressed']['per_class'][name])} |")
@@ -143,6 +144,17 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", "## How it was measured", "", *(f"- {k}: {v}" for k, v in report["conventions"].items())]
     lines += ["", "## Recipe", "", "```json", json.dumps(report["recipe"], indent=2, sort_keys=True), "```", ""]
     return "\n".join(lines)
+
+
+def _recalibration(changed: Mapping[str, Any] | None) -> list[str]:
+    """What another calibration changed, on the same images; nothing for a bundle that has its first."""
+    if changed is None:
+        return []
+    before, after = changed["before"], changed["after"]
+    lines = ["", f"## Calibrated again on {changed['data']}", "", "| | before | after |", "|---|---|---|"]
+    lines.append(f"| calibration | {before['calibration']} | {after['calibration']} |")
+    names = [name for name in before if name != "calibration"]
+    return lines + [f"| {name} | {_figure(before[name])} | {_figure(after[name])} |" for name in names]
 
 
 def _figure(figure: Mapping[str, float | None] | None) -> str:

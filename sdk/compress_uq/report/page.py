@@ -27,7 +27,7 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; } figcaption { color: #556; font-size: 0.9rem; } img { max-width: 100%; }
 pre { background: #f5f7fa; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; }
 """
-_COLOURS = {"dense": "#8a94a6", "compressed": "#1f6feb"}
+_COLOURS = {"dense": "#8a94a6", "before": "#8a94a6", "compressed": "#1f6feb"}
 
 Rows = Sequence[tuple[str, Mapping[str, str]]]
 
@@ -38,16 +38,17 @@ def render_page(report: Mapping[str, Any], rows: Rows, columns: Mapping[str, Eva
     Args:
         report: the content of report.json.
         rows: the card's table, a name and a text per column.
-        columns: the evaluations that the diagrams are drawn from; `dense` and `compressed` are shown.
+        columns: the evaluations that the diagrams are drawn from; `dense`, `before` (another calibration) and
+            `compressed` are shown.
     """
-    shown = {name: columns[name] for name in _COLOURS}
+    shown = {name: columns[name] for name in _COLOURS if name in columns}
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>compress-uq report card</title>",
         f"<style>{_STYLE}</style></head><body><h1>Report card</h1>",
         f"<p>{html.escape(_headline(report))}</p>",
         *(f"<p class='warning'>{html.escape(text)}</p>" for text in report["warnings"]),
         "<h2>Side by side</h2>",
-        _table(rows, list(columns)),
+        _table(rows, list(rows[0][1])),
         "<h2>Is the confidence right?</h2>",
         _picture(_reliability(shown), "Reliability: accuracy against confidence in 15 bins; on the diagonal is right."),
         "<h2>Are the uncertain images the wrong ones?</h2>",
@@ -57,7 +58,7 @@ def render_page(report: Mapping[str, Any], rows: Rows, columns: Mapping[str, Eva
             "Dashed: the oracle that knows every error. The area between is AUSE.",
         ),
     ]
-    if shown["dense"].ood_scores:
+    if shown["compressed"].ood_scores:
         caption = "Out-of-distribution score of test images and of each set; the less they overlap the better."
         parts += ["<h2>Does it notice foreign images?</h2>", _picture(_histograms(shown), caption)]
     parts += [

@@ -1,0 +1,175 @@
+"""A bundle calibrated again on newer data: the weights stay, bit by bit, and only what was fitted on them changes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compress_uq.bundle import Bundle, recipe_hash
+from compress_uq.data import Splits, identical_images, load_splits
+from compress_uq.errors import DataError
+from compress_uq.export import export_onnx
+from compress_uq.pipeline import suspicions
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.report import Evaluation, evaluate, onnx_milliseconds
+from compress_uq.report.card import table_rows
+from compress_uq.report.page import render_page
+from compress_uq.steps import calibrate
+from compress_uq.uncertain import UncertainModel
+
+__all__ = ["load_new_data", "recalibrate"]
+
+_PARTS = ("train", "val", "test", "calibration")
+_SHOWN = ("accuracy", "nll", "brier", "ece")
+
+
+def load_new_data(
+    bundle: Bundle,
+    name: str,
+    *,
+    root: str | os.PathLike[str] = "data",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Splits:
+    """Splits to calibrate a bundle on, of a named set, a folder or a `package.module:callable`.
+
+    A folder of class folders without train and test below is new as a whole: a class-balanced fifth of it is the test
+    split, the rest calibrates. Anything else is divided as for `prune`, and its training images are left alone, since
+    the model may have seen them.
+
+    Args:
+        bundle: one whose model can be rebuilt.
+        name: as in `load_splits`.
+        root: where the named sets lie.
+        mean, std: normalisation; by default the bundle's.
+
+    Raises:
+        DataError: the data are unknown or unusable.
+    """
+    origin = bundle.origin
+    given: dict[str, Any] = {
+        "root": Path(root), "mean": mean or origin.mean, "std": std or origin.std, "input_shape": origin.input_shape,
+    }  # fmt: skip
+    if Path(name).is_dir() and not any((Path(name) / part).is_dir() for part in _PARTS):
+        whole = load_splits(name, reserve=False, **given)
+        if whole.info.fingerprint != bundle.fingerprint:
+            info = replace(whole.info, calibration="four fifths of the folder; figures are on the other fifth")
+            return replace(whole, train=None, calibration=whole.train, info=info)
+    return replace(load_splits(name, **given), train=None)
+
+
+def recalibrate(
+    bundle: Bundle,
+    splits: Splits,
+    *,
+    method: str | None = None,
+    device: str = "cpu",
+    progress: ProgressCallback = silent,
+) -> Bundle:
+    """A new bundle with the same weights, calibrated on other images, exported again and measured on their test split.
+
+    Its card keeps the columns of the dense model as they were; `compressed` and `onnx` are measured anew, and
+    `recalibration` holds the figures before and after, on the same images.
+
+    Args:
+        bundle: one whose model can be rebuilt.
+        splits: needs `calibration` (unless the method is `none`) and `test`.
+        method: a calibrator's name, or `auto`; by default the bundle's own, and `temperature` for one without.
+        device: where the members are run.
+        progress: called as the work goes on.
+
+    Raises:
+        ArtifactError: the bundle names no architecture to rebuild it from.
+        DataError: a split that is missing, or other classes than the bundle's.
+        CalibrationError: nothing to fit.
+        GateError: the file that was exported again fails a gate.
+    """
+    old = bundle.model
+    splits.require("test", "the report card")
+    _refuse_other_classes(old, splits)
+    if method is None:
+        method = "temperature" if old.calibrator.name == "none" else old.calibrator.name
+    new = calibrate(old, splits, method=method, device=device, progress=progress)
+    new.origin = old.origin.of_data(splits)
+    before = evaluate(old, splits, device=device, progress=progress, stage="before")
+    after = evaluate(new, splits, device=device, progress=progress, stage="after")
+    recipe = _recipe(bundle, new, splits, method)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(new, file, recipe_hash=recipe_hash(recipe))
+        of_file = evaluate(file, splits, progress=progress, stage="onnx")
+        content = file.read_bytes()
+    assert new.origin.input_shape is not None
+    latency = onnx_milliseconds({"onnx": content}, new.origin.input_shape)["onnx"]
+    report = {
+        **bundle.report_json,
+        "compressed": _timed(after, latency).to_json(),
+        "onnx": _timed(of_file, latency).to_json(),
+        "recipe": recipe,
+        "recalibration": {
+            "data": splits.info.name,
+            "before": {"calibration": old.calibrator.name, **_figures(before)},
+            "after": {"calibration": new.calibrator.name, **_figures(after)},
+        },
+        "warnings": _warnings(bundle, new, splits, after),
+    }
+    page = render_page(report, table_rows(report), {"before": before, "compressed": after})
+    return bundle.recalibrated(new, content, report, page)
+
+
+def _refuse_other_classes(model: UncertainModel, splits: Splits) -> None:
+    known, given = model.origin.labels, splits.info.labels
+    if known is None or given is None or tuple(known) == tuple(given):
+        return
+    raise DataError(
+        f"{splits.info.name} has the classes {', '.join(given)}, and the bundle {', '.join(known)}, in this order: "
+        "name the class folders as the bundle's classes"
+    )
+
+
+def _recipe(bundle: Bundle, model: UncertainModel, splits: Splits, method: str) -> dict[str, Any]:
+    """The old one, with the calibration that holds now and the data that it was fitted on."""
+    info = splits.info
+    sizes = {p: len(s) for p in ("calibration", "test") if (s := getattr(splits, p)) is not None}
+    return {
+        **bundle.recipe,
+        "calibration": method,
+        "calibration_choice": model.calibrator.choice,
+        "recalibration": {
+            "of": recipe_hash(bundle.recipe),
+            "data": {
+                "name": Path(info.name).name,
+                "images": sizes,
+                "calibration": info.calibration,
+                "mean": None if info.mean is None else list(info.mean),
+                "std": None if info.std is None else list(info.std),
+                "fingerprint": info.fingerprint,
+            },
+        },
+    }
+
+
+def _warnings(bundle: Bundle, model: UncertainModel, splits: Splits, after: Evaluation) -> list[str]:
+    """What was said before and still holds, and what has to be said now."""
+    old = [text for text in bundle.report_json["warnings"] if not text.startswith("compressed is not calibrated")]
+    new = [
+        f"calibrated again on {splits.info.name}: compressed and onnx are measured on its test split, the other "
+        "columns on that of the first run",
+        *splits.info.notes,
+        *(f"{count} identical images are in both parts of {pair}" for pair, count in identical_images(splits).items()),
+        *suspicions(model, splits, after),
+    ]
+    if bundle.model.acceptance is not None or bundle.model.sets is not None:
+        new.append("decision rules held for the old probabilities and are left out: fit them again")
+    return list(dict.fromkeys(old + new))
+
+
+def _timed(column: Evaluation, latency: dict[str, float]) -> Evaluation:
+    return replace(column, cost=replace(column.cost, latency_ms=latency))
+
+
+def _figures(column: Evaluation) -> dict[str, Any]:
+    return {name: column.metrics[name].to_json() for name in _SHOWN}

@@ -1,0 +1,238 @@
+"""A bundle calibrated again: the same weights, other answers, and a card that says what changed."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+
+import compress_uq as cuq
+from compress_uq.errors import ArtifactError, CalibrationError, DataError
+from compress_uq.storage import sha256
+from small_models import Leaves
+
+
+def drifted(count, seed, loudness=4.0):
+    """Four classes told apart by the brightness of a quarter; newer images are louder, and answers surer."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    images = torch.randn(count, 3, 32, 32, generator=generator)
+    for i, label in enumerate(labels.tolist()):
+        images[i, :, (label // 2) * 16 :, (label % 2) * 16 :] += 0.15
+    return TensorDataset(images * loudness, labels)
+
+
+@pytest.fixture(scope="module")
+def old():
+    splits = cuq.Splits(
+        train=drifted(200, 0, 1.0), calibration=drifted(100, 1, 1.0), test=drifted(100, 2, 1.0),
+        ood={"noise": drifted(40, 3, 1.0)},
+    )  # fmt: skip
+    method = cuq.uq.MCDropout(p=0.2, samples=6)
+    torch.manual_seed(0)
+    dense = cuq.finetune(Leaves(4), splits, epochs=5, lr=0.02).model
+    return cuq.compress(dense, splits, sparsity=0.5, uq=method, epochs=3, lr=0.02, calibration="auto")
+
+
+@pytest.fixture(scope="module")
+def newer():
+    return cuq.Splits(calibration=drifted(300, 5), test=drifted(300, 6))
+
+
+@pytest.fixture(scope="module")
+def new(old, newer):
+    return cuq.recalibrate(old, newer)
+
+
+def tensors(bundle, folder):
+    return load_file(bundle.save(folder) / "model.safetensors")
+
+
+def test_the_choice_of_auto_is_in_the_recipe(old):
+    recipe = old.report.to_json()["recipe"]
+    assert recipe["calibration"] == "auto"
+    assert recipe["calibration_choice"]["name"] == old.model.calibrator.name
+    assert set(recipe["calibration_choice"]["nll"]) | set(recipe["calibration_choice"]["skipped"]) == set(
+        cuq.calibration.CALIBRATORS.names
+    )
+
+
+def test_weights_stay_bit_by_bit_and_answers_change(old, new, newer, tmp_path):
+    before, after = tensors(old, tmp_path / "old"), tensors(new, tmp_path / "new")
+    kept = [name for name in before if not name.startswith("calibrator.")]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert {name for name in after if not name.startswith("calibrator.")} == set(kept)
+    images = newer.test.tensors[0][:8]
+    assert not torch.equal(old.model(images).probabilities, new.model(images).probabilities)
+    assert torch.equal(old.model.member_logits(images), new.model.member_logits(images))
+
+
+def test_the_card_says_what_changed_on_the_same_images(old, new, newer):
+    report = new.report.to_json()
+    changed = report["recalibration"]
+    for name in ("accuracy", "nll", "brier", "ece"):
+        for side, model in (("before", old.model), ("after", new.model)):
+            assert changed[side][name]["value"] == cuq.evaluate(model, newer).metrics[name].value
+    assert changed["after"]["nll"]["value"] < changed["before"]["nll"]["value"]
+    assert changed["after"]["ece"]["value"] < changed["before"]["ece"]["value"]
+    assert report["compressed"]["metrics"]["ece"] == changed["after"]["ece"]
+    assert report["onnx"]["metrics"]["nll"]["value"] == pytest.approx(changed["after"]["nll"]["value"], abs=1e-4)
+    assert report["dense"] == old.report.to_json()["dense"]
+    assert any("calibrated again on" in text for text in report["warnings"])
+    recipe = report["recipe"]
+    assert recipe["recalibration"]["of"] == cuq.bundle.recipe_hash(old.recipe)
+    assert recipe["recalibration"]["data"]["images"] == {"calibration": 300, "test": 300}
+    assert recipe["pruning"] == old.recipe["pruning"]
+    assert "## Calibrated again on" in new.report.to_markdown()
+    assert "noise" in new.report.to_markdown()
+
+
+def test_the_new_bundle_is_a_bundle(new, newer, tmp_path):
+    folder = new.save(tmp_path / "b")
+    checks = cuq.verify(folder, model=lambda: Leaves(4)).checks
+    assert checks["parity"].startswith("largest")
+    back = cuq.Bundle.load(folder, model=lambda: Leaves(4))
+    assert back.report.to_json() == new.report.to_json()
+    assert back.report.to_markdown() == new.report.to_markdown()
+    images = newer.test.tensors[0][:8]
+    assert torch.equal(back.model(images).probabilities, new.model(images).probabilities)
+    again = cuq.recalibrate(back, newer, method="none")
+    assert again.model.calibrator.name == "none"
+    assert again.recipe["recalibration"]["of"] == cuq.bundle.recipe_hash(new.recipe)
+
+
+@pytest.mark.parametrize("name", ["beta", "dirichlet"])
+def test_a_calibrator_of_the_mean_is_saved_and_loaded(name, old, newer, tmp_path):
+    new = cuq.recalibrate(old, newer, method=name)
+    back = cuq.Bundle.load(new.save(tmp_path / name), model=lambda: Leaves(4))
+    images = newer.test.tensors[0][:8]
+    assert back.model.calibrator.name == name
+    assert torch.equal(back.model(images).probabilities, new.model(images).probabilities)
+    assert np.allclose(
+        cuq.OnnxPredictor(tmp_path / name / "model.onnx")(images.numpy()).probabilities,
+        new.model(images).probabilities.numpy(), atol=1e-5,
+    )  # fmt: skip
+
+
+def as_format_1(folder):
+    """The folder as format 1 had it: one network, a calibrator's name, and no other parts."""
+    structure = json.loads((folder / "structure.json").read_text())
+    for part in ("score", "ood_score", "acceptance", "sets"):
+        del structure[part]
+    (structure["network"],) = structure.pop("networks")
+    structure |= {"format_version": 1, "calibrator": structure["calibrator"]["name"]}
+    (folder / "structure.json").write_text(json.dumps(structure))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["format_version"] = 1
+    manifest["sha256"]["structure.json"] = sha256(folder / "structure.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_bundle_of_format_1_is_read_and_calibrated_again(bundle_folder, tmp_path):
+    folder = shutil.copytree(bundle_folder, tmp_path / "one")
+    as_format_1(folder)
+    assert set(load_file(folder / "model.safetensors")) >= {"calibrator.log_temperature"}
+    first, now = cuq.Bundle.load(folder), cuq.Bundle.load(bundle_folder)
+    images = torch.rand(4, 1, 8, 8)
+    assert torch.equal(first.model(images).probabilities, now.model(images).probabilities)
+    new = cuq.recalibrate(first, cuq.load_new_data(first, "digits"), method="vector")
+    cuq.verify(new.save(tmp_path / "two"))
+    assert json.loads((tmp_path / "two" / "structure.json").read_text())["calibrator"]["name"] == "vector"
+
+
+def test_what_cannot_be_calibrated_again_is_refused(old, newer):
+    with pytest.raises(DataError, match="'test'"):
+        cuq.recalibrate(old, cuq.Splits(calibration=newer.calibration))
+    with pytest.raises(DataError, match="'calibration'"):
+        cuq.recalibrate(old, cuq.Splits(test=newer.test))
+    few = TensorDataset(*(t[:3] for t in newer.calibration.tensors))
+    with pytest.raises(CalibrationError, match="3 calibration images for 4 classes"):
+        cuq.recalibrate(old, replace(newer, calibration=few))
+    broken = old.model.but()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.inf)
+    with pytest.raises(CalibrationError, match="300 of 300 calibration images are NaN or infinite"):
+        cuq.recalibrate(replace(old, uncertain=broken), newer)
+
+
+def test_other_classes_are_refused(bundle_folder):
+    bundle = cuq.Bundle.load(bundle_folder)
+    splits = cuq.load_new_data(bundle, "digits")
+    turned = replace(splits, info=replace(splits.info, labels=splits.info.labels[::-1]))
+    with pytest.raises(DataError, match="name the class folders"):
+        cuq.recalibrate(bundle, turned)
+    with pytest.raises(ArtifactError, match="--arch"):
+        cuq.recalibrate(replace(bundle, uncertain=None), splits)
+
+
+def folder_of_digits(path, noise=30):
+    """Every third digit as an image file in a folder of its class, noisier than those trained on."""
+    from sklearn.datasets import load_digits
+
+    random = np.random.default_rng(0)
+    loaded = load_digits()
+    for i in range(0, len(loaded.target), 3):
+        pixels = loaded.images[i] * 255 / 16 + random.normal(size=(8, 8)) * noise
+        folder = path / str(loaded.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return path
+
+
+def test_the_command_takes_a_folder_that_is_new_as_a_whole(command, bundle_folder, tmp_path):
+    folder_of_digits(tmp_path / "newer")
+    shutil.copytree(bundle_folder, tmp_path / "b")
+    line = ["calibrate", "b", "--data", "newer", "--calibration", "auto"]
+    code, out, err = command(*line, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    sizes = report["recipe"]["recalibration"]["data"]["images"]
+    assert sizes["calibration"] == pytest.approx(4 * sizes["test"], rel=0.05)
+    assert sum(sizes.values()) == 599
+    assert report["recalibration"]["after"]["nll"]["value"] < report["recalibration"]["before"]["nll"]["value"]
+    assert "Calibrated again on newer" in err
+    assert command("verify", "b-recalibrated")[0] == 0
+    code, _, err = command(*line)
+    assert code == 2
+    assert "--overwrite" in err
+    assert command(*line, "--overwrite")[0] == 0
+    assert cuq.load_new_data(cuq.Bundle.load("b"), "newer").train is None
+
+
+def test_the_command_divides_known_data_as_before(command, bundle_folder):
+    code, out, err = command("calibrate", bundle_folder, "--data", "digits", "--out", "new", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["recalibration"]["after"]["calibration"] == "temperature"
+    assert "fifth of the test split" in report["recipe"]["recalibration"]["data"]["calibration"]
+    code, out, _ = command("evaluate", "new", "--json")
+    assert json.loads(out)["metrics"]["ece"] == pytest.approx(report["onnx"]["metrics"]["ece"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "digitz"], "digitz"),
+        (["--data", "digits", "--calibration", "temprature"], "did you mean 'temperature'"),
+        (["--data", "digits", "--mean", "a"], "--mean 'a'"),
+        ([], "--data"),
+    ],
+)
+def test_bad_input_leaves_nothing(command, bundle_folder, tmp_path, arguments, said):
+    code, _, err = command("calibrate", bundle_folder, "--out", "new", *arguments)
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "new").exists()
+    assert "Traceback" not in err
+
+
+def test_a_bundle_is_not_calibrated_onto_itself(command, bundle_folder):
+    code, _, err = command("calibrate", bundle_folder, "--data", "digits", "--out", bundle_folder, "--overwrite")
+    assert code == 2
+    assert "is the bundle that is read" in err
