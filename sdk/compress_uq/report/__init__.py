@@ -1,6 +1,7 @@
 """Measuring models and showing them side by side."""
 
 from compress_uq.report.card import ReportCard, Requirement, markdown, table_rows
+from compress_uq.report.changes import class_changes, lost_classes
 from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
@@ -12,8 +13,10 @@ __all__ = [
     "ReportCard",
     "Requirement",
     "broken",
+    "class_changes",
     "evaluate",
     "layer_pages",
+    "lost_classes",
     "markdown",
     "onnx_milliseconds",
     "table_rows",

@@ -215,7 +215,13 @@ def _plain(value: Any) -> str:
 
 def _per_class(report: Mapping[str, Any]) -> list[str]:
     """Accuracy before and after; reports of older bundles have no test of the difference."""
-    lines = ["", "## Accuracy per class", "", "| class | dense | compressed | change | lost | gained | p |", "|---" * 7 + "|"]
+    lines = [
+        "",
+        "## Accuracy per class",
+        "",
+        "| class | dense | compressed | change | lost | gained | p |",
+        "|---" * 7 + "|",
+    ]
     tested = {row["class"]: row for row in report.get("class_changes", [])}
     for name, dense in report["dense"]["per_class"].items():
         row = tested.get(name)

@@ -55,7 +55,9 @@ def render_page(
         "<h2>Side by side</h2>",
         _table(rows, list(rows[0][1])),
         "<h2>Is the confidence right?</h2>",
-        _picture(_reliability(calibrated), "Reliability: accuracy against confidence in 15 bins; on the diagonal is right."),
+        _picture(
+            _reliability(calibrated), "Reliability: accuracy against confidence in 15 bins; on the diagonal is right."
+        ),
         "<h2>Are the uncertain images the wrong ones?</h2>",
         _picture(
             _sparsification(shown),
@@ -157,9 +159,7 @@ def _risk_coverage(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
     for name, column in shown.items():
         prediction = column.prediction
         removed, kept, _ = sparsification_curves(prediction.probabilities, column.labels, prediction.uncertainty)
-        axis.plot(
-            1 - removed, kept, color=_COLOURS[name], label=f"{name}, AURC {column.metrics['aurc'].value:.4f}"
-        )
+        axis.plot(1 - removed, kept, color=_COLOURS[name], label=f"{name}, AURC {column.metrics['aurc'].value:.4f}")
         rule = column.decisions
         if "acceptance_coverage" in rule and not np.isnan(rule["selective_risk"].value):
             place = (rule["acceptance_coverage"].value, rule["selective_risk"].value)

@@ -94,7 +94,7 @@ _TABLE = Mapping[str, Any]
 _ANSWERS = get_type_hints(AnswerConfig)
 _OWN = {
     "uq": str, "control": bool, "dense": _TABLE, "initial": str,
-    "criterion_option": _TABLE, "schedule_option": _TABLE, "budget": str | tuple[str, ...],
+    "criterion_option": _TABLE, "schedule_option": _TABLE, "uq_option": _TABLE, "budget": str | tuple[str, ...],
 }  # fmt: skip
 HINTS = {**_INPUTS, **METHOD_HINTS, **_TRAINING, **_PRUNING, **_ANSWERS, **_OWN}
 
@@ -120,7 +120,11 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
         check_pruning(cast(PruningOptions, pruning))
     answers = AnswerConfig(**_part(given, _ANSWERS))
     check_answers(answers, None)
-    method, _ = configure_method(given.get("uq", "mc-dropout"), {**_part(given, METHOD_HINTS), "seed": training.seed})
+    method, _ = configure_method(
+        given.get("uq", "mc-dropout"),
+        {**_part(given, METHOD_HINTS), "seed": training.seed},
+        _texts(given.get("uq_option", {})),
+    )
     if inputs.model is not None and "dense" in given:
         raise InputError(f"dense says how a model is trained, and model = {inputs.model!r} is: leave out one of them")
     dense = _dense_training(given.get("dense", {}), training)
