@@ -56,9 +56,6 @@ def prune(
     dropout_kind: Annotated[
         str | None, typer.Option(help="What is dropped: auto, channel, element, filter or connection.")
     ] = None,
-    mask_scale: Annotated[
-        float | None, typer.Option(help="For mask-ensemble: above 1; the larger, the less the masks overlap.")
-    ] = None,
     calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
     score: Annotated[str, typer.Option(help="Behind the uncertainty: a score's name; see `methods`.")] = "confidence",
     ood_score: Annotated[
@@ -117,7 +114,6 @@ def prune(
             dropout=dropout,
             dropout_at=dropout_at,
             dropout_kind=dropout_kind,
-            mask_scale=mask_scale,
             seed=seed,
         ),
         o.pairs(uq_option, "--uq-option"),

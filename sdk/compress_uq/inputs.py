@@ -21,9 +21,10 @@ from compress_uq.shrinking import parts_of
 from compress_uq.steps import FinetuneResult, finetune, resolve_method
 from compress_uq.uq import METHODS, Method
 
-__all__ = ["ModelAndData", "configure_method", "initial_model", "open_model_and_data", "train_dense"]
+__all__ = ["FIELD_OF", "ModelAndData", "configure_method", "initial_model", "open_model_and_data", "train_dense"]
 
-_FIELD_OF = {"dropout": "p", "dropout_at": "at", "dropout_kind": "kind", "mask_scale": "scale"}
+FIELD_OF = {"dropout": "p", "dropout_at": "at", "dropout_kind": "kind"}
+"""Fields of methods by the names of their options on the command line, where these differ."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def configure_method(
     """
     kind = METHODS[name]
     known = {field.name for field in fields(kind)}
-    values = {_FIELD_OF.get(option, option): value for option, value in options.items()}
-    unused = tuple(option for option in options if _FIELD_OF.get(option, option) not in known and option != "seed")
+    values = {FIELD_OF.get(option, option): value for option, value in options.items()}
+    unused = tuple(option for option in options if FIELD_OF.get(option, option) not in known and option != "seed")
     values = {field: value for field, value in values.items() if field in known}
     if isinstance(values.get("at"), str) and values["at"] != "auto":
         values["at"] = tuple(values["at"].split(","))

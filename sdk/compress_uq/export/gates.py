@@ -207,7 +207,8 @@ def _members(given: GateInput) -> str:
     if got <= _ROUNDING:
         raise GateError(f"gate 'members': the {given.members} members are all alike: nothing is sampled")
     wanted = got if given.expected is None else float(given.expected[place].max())
-    if not 0.3 * wanted <= got <= 3 * max(wanted, 1e-30):
+    factor = 3 if given.deterministic else 30  # fresh samples of five images differ by themselves
+    if not wanted / factor <= got <= factor * max(wanted, 1e-30):
         raise GateError(f"gate 'members': the variance over members is {got:.3g} in the file and {wanted:.3g} in torch")
     if not given.deterministic and np.array_equal(answers[0], given.optimised(given.feed)[0]):
         raise GateError("gate 'members': two calls gave the same answer, and fresh samples were asked for")

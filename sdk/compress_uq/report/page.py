@@ -117,7 +117,7 @@ def _picture(figure: matplotlib.figure.Figure, caption: str) -> str:
 
 
 def _reliability(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
-    figure = matplotlib.figure.Figure(figsize=(9, 4.2))
+    figure = matplotlib.figure.Figure(figsize=(4 * len(shown) + 1, 4.2))
     axes = figure.subplots(1, len(shown), sharey=True)
     for axis, (name, column) in zip(axes, shown.items(), strict=True):
         bins = reliability(column.prediction.probabilities, column.labels)

@@ -30,7 +30,7 @@ from compress_uq.report import Evaluation, evaluate
 from compress_uq.stages import Origin
 from compress_uq.steps import FinetuneResult, finetune
 from compress_uq.study.kind import Context, Kind, Outcome
-from compress_uq.study.settings import METHOD_HINTS, changed, configuration
+from compress_uq.study.settings import METHOD_HINTS, as_texts, changed, configuration
 from compress_uq.study.values import conform, plain_hints
 from compress_uq.training import Epoch, resolve_device
 from compress_uq.uncertain import UncertainModel
@@ -64,7 +64,7 @@ _OWN: dict[str, Any] = {
     name: hint
     for name, hint in get_type_hints(FromScratchSettings).items()
     if name not in ("method", "answers", "training")
-} | {"uq": str, "ood": str | tuple[str, ...]}
+} | {"uq": str, "uq_option": Mapping[str, Any], "ood": str | tuple[str, ...]}
 _ANSWERS = plain_hints(get_type_hints(AnswerConfig))
 _TRAINING = plain_hints(get_type_hints(TrainingConfig))
 
@@ -88,9 +88,13 @@ class FromScratchKind(Kind[FromScratchSettings]):
         training = TrainingConfig(**_part(given, _TRAINING))
         answers = AnswerConfig(**_part(given, _ANSWERS))
         check_answers(answers, None)
-        method, _ = configure_method(given.get("uq", "msp"), {**_part(given, METHOD_HINTS), "seed": training.seed})
+        method, _ = configure_method(
+            given.get("uq", "msp"),
+            {**_part(given, METHOD_HINTS), "seed": training.seed},
+            as_texts(given.get("uq_option", {})),
+        )
         own = _part(given, _OWN)
-        own.pop("uq", None)
+        own = {name: value for name, value in own.items() if name not in ("uq", "uq_option")}
         if isinstance(own.get("ood"), str):
             own["ood"] = (own["ood"],)
         return FromScratchSettings(**own, method=method, answers=answers, training=training)

@@ -12,7 +12,7 @@ from typing import Any, cast, get_type_hints
 from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.errors import InputError, ModelError, UnknownNameError
 from compress_uq.finishing import check_answers
-from compress_uq.inputs import configure_method
+from compress_uq.inputs import FIELD_OF, configure_method
 from compress_uq.pruning import PruningOptions, check_pruning, configured_criterion, configured_schedule, prune
 from compress_uq.search import Budget
 from compress_uq.steps import training_config
@@ -23,6 +23,7 @@ from compress_uq.uq import METHODS, Method
 __all__ = [
     "HINTS",
     "METHOD_HINTS",
+    "as_texts",
     "WITHOUT_BEARING",
     "CompressSettings",
     "Inputs",
@@ -75,7 +76,7 @@ class CompressSettings:
 
 def _method_options() -> dict[str, Any]:
     """Type hints of the options of all methods, under the command line's names."""
-    names = {"p": "dropout", "at": "dropout_at"}
+    names = {field: option for option, field in FIELD_OF.items()}
     found: dict[str, Any] = {}
     for entry in METHODS:
         hints = get_type_hints(entry.value)
@@ -111,10 +112,10 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
     training_config(training, {})
     pruning = _part(given, _PRUNING)
     pruning["criterion"] = configured_criterion(
-        pruning.get("criterion", "l1"), _texts(given.get("criterion_option", {}))
+        pruning.get("criterion", "l1"), as_texts(given.get("criterion_option", {}))
     )
     pruning["schedule"] = configured_schedule(
-        pruning.get("schedule", "one-shot"), _texts(given.get("schedule_option", {}))
+        pruning.get("schedule", "one-shot"), as_texts(given.get("schedule_option", {}))
     )
     if not given.get("budget"):
         check_pruning(cast(PruningOptions, pruning))
@@ -123,7 +124,7 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
     method, _ = configure_method(
         given.get("uq", "mc-dropout"),
         {**_part(given, METHOD_HINTS), "seed": training.seed},
-        _texts(given.get("uq_option", {})),
+        as_texts(given.get("uq_option", {})),
     )
     if inputs.model is not None and "dense" in given:
         raise InputError(f"dense says how a model is trained, and model = {inputs.model!r} is: leave out one of them")
@@ -213,7 +214,7 @@ def _part(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _texts(options: Mapping[str, Any]) -> dict[str, str]:
+def as_texts(options: Mapping[str, Any]) -> dict[str, str]:
     """Options as the command line gives them."""
     return {to_name(key): plain_text(value) for key, value in options.items()}
 
