@@ -56,8 +56,8 @@ def bundle(trained, callers_splits):
 def test_a_card_has_every_column_and_figure(bundle):
     report = json.loads(json.dumps(bundle.report.to_json(), allow_nan=False))
     assert set(report) == {
-        "format_version", "dense", "dense_calibrated", "compressed", "onnx", "control", "fidelity", "recipe", "conventions",
-        "warnings",
+        "format_version", "dense", "dense_calibrated", "compressed", "onnx", "control", "fidelity", "calibration",
+        "class_changes", "recipe", "conventions", "warnings",
     }  # fmt: skip
     names = "accuracy nll brier ece ause ause_exact aurc error_auroc accuracy_at_50 f1_macro ood_auroc".split()
     for column in ("dense", "dense_calibrated", "compressed", "onnx", "control"):
@@ -223,7 +223,7 @@ def test_the_page_is_whole_and_self_contained(bundle):
     checker = Checker()
     checker.feed(bundle.report.to_html())
     assert checker.open == []
-    assert len(checker.sources) == 3
+    assert len(checker.sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in checker.sources)
     text = " ".join(checker.text)
     assert "dense_calibrated" in text

@@ -237,7 +237,7 @@ def test_an_interrupted_training_goes_on(tmp_path, command, monkeypatch):
     assert "goes on" in err
     folder = tmp_path / "s-study"
     assert not list((folder / "runs").iterdir())
-    assert len(list((folder / "work").rglob("*.pt"))) == 1
+    assert len(list((folder / "shared").glob("tuned-*/*.pt"))) == 1
     whole = max(step for stage, step in steps if stage == "fine-tuning") - 1
     steps.clear()
     stop = False
@@ -245,6 +245,32 @@ def test_an_interrupted_training_goes_on(tmp_path, command, monkeypatch):
     assert {stage for stage, _ in steps} == {"fine-tuning"}, "the dense model is there"
     assert min(step for _, step in steps) == whole + 1, "two of three epochs are there"
     assert not any((folder / "work").iterdir())
+    assert not list((folder / "shared").glob("tuned-*/")), "what no run needs is gone"
+
+
+def test_runs_that_differ_after_training_share_it(tmp_path, monkeypatch):
+    file = tmp_path / "s.toml"
+    grid = '[grid]\nsparsity = [0.5]\nuq = ["msp", "laplace"]\nscore = ["confidence", "entropy"]\nseed = [0]\n'
+    file.write_text(DIGITS.split("[grid]")[0].replace("epochs = 1", "resplits = 3\nepochs = 1") + grid)
+    steps = []
+    fit = cuq.steps.fit_network
+
+    def watched(*arguments, progress, stage, **options):
+        return fit(*arguments, progress=lambda event: steps.append(stage), stage=stage, **options)
+
+    monkeypatch.setattr(cuq.steps, "fit_network", watched)
+    result = cuq.run_study(file)
+    found = {(run.values["uq"], run.values["score"]): run.record["result"] for run in result.runs}
+    assert len(found) == 4
+    images = 1797 * 0.8 * 0.9
+    assert steps.count("fine-tuning") == pytest.approx(images / 128, abs=1), "one epoch for four runs"
+    by_score = [found["msp", score] for score in ("confidence", "entropy")]
+    assert by_score[0]["accuracy"] == by_score[1]["accuracy"]
+    assert by_score[0]["error_auroc"] != by_score[1]["error_auroc"]
+    assert by_score[0]["ood_1_auroc"] == by_score[0]["ood_auroc"]
+    assert 0 < by_score[0]["ece_resplit"] < 0.3
+    assert by_score[0]["ece_resplit_sd"] > 0
+    assert found["laplace", "confidence"]["training_seconds"] == by_score[0]["training_seconds"]
 
 
 def test_an_interruption_between_runs_keeps_what_is_done(fake, command, tmp_path):

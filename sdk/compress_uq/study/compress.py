@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, cast
 
+import numpy as np
+
 from compress_uq.compression import Compressed, Compression
 from compress_uq.data import set_aside
 from compress_uq.held_out import held_out_figures
@@ -18,7 +20,9 @@ from compress_uq.pruning import PruningOptions
 from compress_uq.report import DECISIONS, Evaluation
 from compress_uq.search import search_sparsity
 from compress_uq.stages import Origin
+from compress_uq.steps import logits_of_members
 from compress_uq.study.kind import Context, Kind, Outcome
+from compress_uq.study.resplits import resplit_ece
 from compress_uq.study.settings import (
     HINTS,
     WITHOUT_BEARING,
@@ -27,14 +31,19 @@ from compress_uq.study.settings import (
     configuration,
     identity,
     of_dense,
+    of_training,
     read_settings,
 )
+from compress_uq.study.shared import TRAININGS
 from compress_uq.uncertain import UncertainModel
 
 __all__ = ["CompressKind"]
 
 _PREFIXES = ("", "dense_", "dense_calibrated_", "control_", "held_out_")
 _QUALITY = (*METRICS.names, "worst_class_accuracy")
+_SETS = 4
+"""OOD sets whose AUROC is a measure of its own, by their place in `ood`."""
+_RESPLIT = ("ece_resplit", "ece_resplit_sd")
 _DROPS = ("accuracy_drop", "held_out_accuracy_drop")
 _COSTS = (
     "parameters", "parameters_share", "macs", "macs_share", "pass_macs", "pass_macs_share", "size_bytes",
@@ -51,7 +60,7 @@ class CompressKind(Kind[CompressSettings]):
     settings = frozenset(HINTS)
     measures = frozenset(
         {f"{prefix}{name}" for prefix in _PREFIXES for name in _QUALITY} - {*_NEVER_HELD_OUT}
-        | {*_DROPS, *_COSTS, *DECISIONS}
+        | {*_DROPS, *_COSTS, *DECISIONS, *_RESPLIT, *(f"ood_{i}_auroc" for i in range(1, _SETS + 1))}
     )
     without_bearing = WITHOUT_BEARING
 
@@ -70,7 +79,10 @@ class CompressKind(Kind[CompressSettings]):
         run = _compression(settings, opened, context)
         if settings.budget:
             run.pruning["sparsity"] = _searched(settings, run)
-        compressed = run.compressed()
+        with context.shared.place(TRAININGS, of_training(settings, run.pruning)) as folder:
+            run.work_dir = folder
+            compressed = run.compressed()
+        run.work_dir = context.work
         evaluation = run.measured(compressed.model, "measuring")
         held_out, source = _held_out(compressed.model, run)
         measures = {
@@ -82,6 +94,9 @@ class CompressKind(Kind[CompressSettings]):
             "accuracy_drop": _difference(dense["measures"]["dense_accuracy"], evaluation.metrics["accuracy"].value),
             "held_out_accuracy_drop": _difference(dense["held_out_accuracy"], held_out.get("accuracy")),
         }
+        measures |= {f"ood_{i}_auroc": f["auroc"].value for i, f in enumerate(evaluation.ood.values(), 1) if i <= _SETS}
+        if settings.resplits:
+            measures |= _resplit(settings, compressed.model, opened)
         if settings.control:
             measures |= _control(settings, run, compressed, context)
         return Outcome(measures, tuple(dict.fromkeys([*dense["notes"], *run.warnings, source])))
@@ -97,7 +112,7 @@ class CompressKind(Kind[CompressSettings]):
         name = measure
         for prefix in _PREFIXES[1:]:
             name = name.removeprefix(prefix)
-        return name in _HIGHER or (name in METRICS and METRICS[name] == "higher")
+        return name in _HIGHER or name.startswith("ood_") or (name in METRICS and METRICS[name] == "higher")
 
 
 _HIGHER = (
@@ -146,6 +161,17 @@ def _dense_figures(settings: CompressSettings, opened: ModelAndData, context: Co
     }
     notes = [*opened.splits.info.notes, *run.warnings]
     return {"measures": measures, "held_out_accuracy": held_out.get("accuracy"), "notes": notes}
+
+
+def _resplit(settings: CompressSettings, model: UncertainModel, opened: ModelAndData) -> dict[str, float | None]:
+    """ECE where other images of calibration and test had been the calibration images; see `resplit_ece`."""
+    splits, device = opened.splits, settings.training.device
+    seen, truth = logits_of_members(model, splits.require("calibration", "resplits"), device=device)
+    others, other_truth = logits_of_members(model, splits.require("test", "resplits"), device=device)
+    logits, labels = np.concatenate([seen, others], axis=1), np.concatenate([truth, other_truth])
+    share = len(truth) / len(labels)
+    values = resplit_ece(logits, labels, model.calibrator.name, share=share, repeats=settings.resplits)
+    return dict(zip(_RESPLIT, values, strict=True))
 
 
 def _control(

@@ -157,7 +157,7 @@ def _trained(settings: FromScratchSettings, splits: Splits, number: int, context
     fresh = architecture.build(config.seed)
     method = settings.method
     origin = Origin(input_shape=shape, dense_cost=measure_cost(fresh, shape))
-    partakes = _partakes(method, fresh, origin)
+    partakes = method.trained_apart
     identity = {
         **_of_data(settings),
         "held_out": None if splits.info.held_out is None else settings.training.seed,
@@ -193,16 +193,6 @@ class _Fresh:
 
     model: nn.Module
     origin: Origin
-
-
-def _partakes(method: Method, fresh: nn.Module, origin: Origin) -> bool:
-    """Whether a network trained for this method is another than one trained for none."""
-    prepared = method.prepare(fresh, origin)
-    return (
-        not method.is_prepared(fresh)
-        or method.observer(prepared) is not None
-        or method.lr_schedule != Method.lr_schedule
-    )
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from compress_uq.study.kinds import KINDS
 from compress_uq.study.lock import held, held_or_not
 from compress_uq.study.pages import write_pages
 from compress_uq.study.runs import Run, Shelf, planned
-from compress_uq.study.shared import Shared, write_json
+from compress_uq.study.shared import TRAININGS, Shared, write_json
 from compress_uq.study.tables import table_rows
 
 __all__ = ["STAGE", "StudyResult", "plan_study", "run_study"]
@@ -135,6 +135,8 @@ def run_study(
     # Whoever writes last has read last, so that no page is left without a run that is done.
     with held(plan.folder / "locks" / "pages.lock"):
         runs = tuple(shelf.read(plan.runs))
+        if all(run.done for run in runs):
+            shared.clear(TRAININGS)
         result = StudyResult(plan.study, plan.folder, runs, tuple(run for run in runs if run.record is None))
         write_pages(plan.study, plan.folder, runs, result.chosen)
     return result

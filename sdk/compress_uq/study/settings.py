@@ -31,6 +31,7 @@ __all__ = [
     "configuration",
     "identity",
     "of_dense",
+    "of_training",
     "read_settings",
 ]
 
@@ -72,6 +73,8 @@ class CompressSettings:
     answers: AnswerConfig
     training: TrainingConfig
     control: bool
+    resplits: int = 0
+    """How often calibration images are drawn anew, and the calibrator fitted on them, for `ece_resplit`."""
 
 
 def _method_options() -> dict[str, Any]:
@@ -94,7 +97,7 @@ _TRAINING = {name: hint for name, hint in get_type_hints(TrainingConfig).items()
 _TABLE = Mapping[str, Any]
 _ANSWERS = get_type_hints(AnswerConfig)
 _OWN = {
-    "uq": str, "control": bool, "dense": _TABLE, "initial": str,
+    "uq": str, "control": bool, "resplits": int, "dense": _TABLE, "initial": str,
     "criterion_option": _TABLE, "schedule_option": _TABLE, "uq_option": _TABLE, "budget": str | tuple[str, ...],
 }  # fmt: skip
 HINTS = {**_INPUTS, **METHOD_HINTS, **_TRAINING, **_PRUNING, **_ANSWERS, **_OWN}
@@ -140,24 +143,44 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
         answers=answers,
         training=training,
         control=given.get("control", False),
+        resplits=_resplits(given.get("resplits", 0)),
     )
 
 
 def identity(settings: CompressSettings) -> Mapping[str, Any]:
     """What differs from the defaults, so that a default that is spelled out changes nothing."""
-    defaults = inspect.signature(prune).parameters
-    plain = {k: v for k, v in settings.pruning.items() if k not in ("criterion", "schedule")}
     return {
         **of_dense(settings),
-        "pruning": {k: v for k, v in plain.items() if v != defaults[k].default},
-        "criterion": configuration(settings.pruning["criterion"]),
-        "schedule": configuration(settings.pruning["schedule"]),
+        **of_pruning(settings, settings.pruning),
         "budget": [str(budget) for budget in settings.budget],
-        "initial": None if settings.initial is None else _file_hash("initial", settings.initial),
         "uq": configuration(settings.method),
         "training": changed(settings.training),
         "control": settings.control,
+        **({"resplits": settings.resplits} if settings.resplits else {}),
         **{k: v for k, v in changed(settings.answers).items() if k != "calibration"},
+    }
+
+
+def of_training(settings: CompressSettings, pruning: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one pruned and fine-tuned network from another, `pruning` with the size that a budget led to."""
+    method = settings.method
+    return {
+        **of_pruning(settings, pruning),
+        "data": of_dense(settings),
+        "uq": configuration(method) if method.trained_apart or method.networks > 1 else None,
+        "training": changed(settings.training),
+    }
+
+
+def of_pruning(settings: CompressSettings, pruning: Mapping[str, Any]) -> dict[str, Any]:
+    """What is removed, in plain values that differ from the defaults."""
+    defaults = inspect.signature(prune).parameters
+    plain = {k: v for k, v in pruning.items() if k not in ("criterion", "schedule", "initial")}
+    return {
+        "pruning": {k: v for k, v in plain.items() if v != defaults[k].default},
+        "criterion": configuration(settings.pruning["criterion"]),
+        "schedule": configuration(settings.pruning["schedule"]),
+        "initial": None if settings.initial is None else _file_hash("initial", settings.initial),
     }
 
 
@@ -192,6 +215,12 @@ def _file_hash(setting: str, path: str) -> str:
 @lru_cache(maxsize=64)
 def _hash_of(path: str, _modified: int, _size: int) -> str:
     return sha256(Path(path))
+
+
+def _resplits(count: int) -> int:
+    if count != 0 and count < 2:
+        raise InputError(f"resplits = {count}: expected 0, or at least 2 to say how much they differ")
+    return count
 
 
 def _budget(given: str | tuple[str, ...]) -> tuple[Budget, ...]:

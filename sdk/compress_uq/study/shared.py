@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from compress_uq.storage import replace_file, write_bytes
 from compress_uq.study.lock import held
 
-__all__ = ["Shared", "digest", "write_json"]
+__all__ = ["TRAININGS", "Shared", "digest", "write_json"]
+
+TRAININGS = "tuned"
+"""Places of pruned and fine-tuned networks."""
 
 T = TypeVar("T")
 _KEPT = 2
@@ -57,6 +62,20 @@ class Shared:
 
         content: dict[str, Any] = json.loads(self.file(f"{name}.json", identity, write).read_bytes())
         return content
+
+    @contextmanager
+    def place(self, name: str, identity: Mapping[str, Any]) -> Iterator[Path]:
+        """A folder for the state of a training that several runs start from, one process at a time inside."""
+        path = self._folder / f"{name}-{digest(identity)}"
+        path.mkdir(parents=True, exist_ok=True)
+        with held(path.with_suffix(".lock")):
+            yield path
+
+    def clear(self, name: str) -> None:
+        """Remove all places of a name, once no run needs them."""
+        for path in self._folder.glob(f"{name}-*"):
+            if path.is_dir():
+                shutil.rmtree(path)
 
     def remembered(self, identity: Mapping[str, Any], make: Callable[[], T]) -> T:
         """An object in this process's memory, such as a model with its data; the last few are kept."""

@@ -66,6 +66,8 @@ class Method(ABC):
     name: ClassVar[str]
     lr_schedule: ClassVar[str] = "one-cycle"
     """How the learning rate runs where the caller leaves it to the method."""
+    trained_apart: ClassVar[bool] = False
+    """Whether a network trained for this method is another than one trained for none."""
     watches: ClassVar[bool] = False
     """Whether it has an observer, so that it needs a training of its own."""
 
@@ -110,7 +112,11 @@ class Method(ABC):
         return self
 
     def plain(self, prepared: nn.Module) -> nn.Module:
-        """The network without what `prepare` put into it."""
+        """The network without what `prepare` put into it.
+
+        Raises:
+            UncertaintyError: it would not be the network that was trained.
+        """
         return prepared
 
     def observer(self, network: nn.Module) -> Observer | None:

@@ -43,6 +43,7 @@ class MaskEnsemble(Method):
     seed: int = 0
 
     name = "mask-ensemble"
+    trained_apart = True
 
     def __post_init__(self) -> None:
         if self.samples < 2:
@@ -50,6 +51,16 @@ class MaskEnsemble(Method):
         if not 1 < self.scale <= 6:
             raise InputError(f"scale={self.scale}: expected above 1, where all masks are alike, and at most 6")
         self._dropout()
+
+    def for_training(self) -> Method:
+        """Refused: a dense model keeps no masks, and without them it is not the network that was trained.
+
+        Raises:
+            UncertaintyError: always.
+        """
+        raise UncertaintyError(
+            "mask-ensemble trains its masks in after pruning: train the dense model without --uq, or with mc-dropout"
+        )
 
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
         """A copy with the masks in it, dealt to the images of each training batch.

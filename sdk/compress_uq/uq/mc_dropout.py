@@ -72,6 +72,7 @@ class MCDropout(Method):
     seed: int = 0
 
     name = "mc-dropout"
+    trained_apart = True
 
     def __post_init__(self) -> None:
         if self.p is not None and not 0 < self.p < 1:

@@ -110,6 +110,7 @@ class SWAG(DrawnWeights):
     share: float = 0.5
 
     name = "swag"
+    trained_apart: ClassVar[bool] = True
     watches: ClassVar[bool] = True
     lr_schedule: ClassVar[str] = "hold"
 

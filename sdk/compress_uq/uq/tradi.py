@@ -117,6 +117,7 @@ class TRADI(DrawnWeights):
     observation_noise: float = 0.0
 
     name = "tradi"
+    trained_apart: ClassVar[bool] = True
     watches: ClassVar[bool] = True
     lr_schedule: ClassVar[str] = "hold"
 
