@@ -236,3 +236,25 @@ def test_a_bundle_is_not_calibrated_onto_itself(command, bundle_folder):
     code, _, err = command("calibrate", bundle_folder, "--data", "digits", "--out", bundle_folder, "--overwrite")
     assert code == 2
     assert "is the bundle that is read" in err
+
+
+def test_rules_are_fitted_again_with_their_promises(newer):
+    splits = cuq.Splits(
+        train=drifted(200, 0, 1.0), calibration=drifted(300, 1, 1.0), decision=drifted(400, 4, 1.0),
+        test=drifted(200, 2, 1.0),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = cuq.finetune(Leaves(4), splits, epochs=15, lr=0.05).model
+    first = cuq.compress(dense, splits, sparsity=0.5, uq="msp", epochs=4, lr=0.02, risk=0.3, coverage=0.9)
+    assert first.model.acceptance is not None
+    again = cuq.recalibrate(first, replace(newer, decision=drifted(400, 7)))
+    assert again.model.acceptance is not None
+    assert again.model.sets is not None
+    assert again.model.record["acceptance"]["risk"] == 0.3
+    assert again.model.record["sets"]["coverage"] == 0.9
+    assert again.recipe["answers"]["acceptance"]["risk"] == 0.3
+    assert not torch.equal(again.model.acceptance.threshold, first.model.acceptance.threshold)
+    assert again.report.to_json()["compressed"]["decisions"]["set_coverage"]["value"] > 0.8
+    # Too few images for a promise: the rule goes, and the card says why.
+    few = cuq.recalibrate(first, cuq.Splits(calibration=drifted(60, 8), test=newer.test))
+    assert few.model.acceptance is None or few.model.sets is None or few.model.record["sets"]["exact"] is False

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress_uq.bundle import Bundle, recipe_hash
-from compress_uq.data import Splits, identical_images, load_splits
-from compress_uq.errors import DataError
+from compress_uq.data import Splits, identical_images, load_splits, set_aside
+from compress_uq.deciding import fit_rules
+from compress_uq.errors import DataError, DecisionError
 from compress_uq.export import export_onnx
 from compress_uq.pipeline import suspicions
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.report import Evaluation, evaluate, onnx_milliseconds
+from compress_uq.report import Evaluation, broken, evaluate, onnx_milliseconds
 from compress_uq.report.card import table_rows
 from compress_uq.report.page import render_page
 from compress_uq.steps import calibrate
@@ -92,8 +94,13 @@ def recalibrate(
     _refuse_other_classes(old, splits)
     if method is None:
         method = "temperature" if old.calibrator.name == "none" else old.calibrator.name
+    rules = _rules(old)
+    splits = set_aside(splits, rules=sum(name in rules for name in ("risk", "coverage")))
     new = calibrate(old, splits, method=method, device=device, progress=progress)
     new.origin = old.origin.of_data(splits)
+    lost: list[DecisionError] = []
+    if rules:
+        new, lost = _decided(new, splits, rules, device, progress)
     before = evaluate(old, splits, device=device, progress=progress, stage="before")
     after = evaluate(new, splits, device=device, progress=progress, stage="after")
     recipe = _recipe(bundle, new, splits, method)
@@ -114,7 +121,7 @@ def recalibrate(
             "before": {"calibration": old.calibrator.name, **_figures(before)},
             "after": {"calibration": new.calibrator.name, **_figures(after)},
         },
-        "warnings": _warnings(bundle, new, splits, after),
+        "warnings": _warnings(bundle, new, splits, after, lost),
     }
     page = render_page(report, table_rows(report), {"before": before, "compressed": after})
     return bundle.recalibrated(new, content, report, page)
@@ -138,6 +145,7 @@ def _recipe(bundle: Bundle, model: UncertainModel, splits: Splits, method: str) 
         **bundle.recipe,
         "calibration": method,
         "calibration_choice": model.calibrator.choice,
+        "answers": {"score": model.score.name, "ood_score": model.ood_score.name, **model.record},
         "recalibration": {
             "of": recipe_hash(bundle.recipe),
             "data": {
@@ -152,7 +160,29 @@ def _recipe(bundle: Bundle, model: UncertainModel, splits: Splits, method: str) 
     }
 
 
-def _warnings(bundle: Bundle, model: UncertainModel, splits: Splits, after: Evaluation) -> list[str]:
+def _rules(model: UncertainModel) -> dict[str, Any]:
+    """What the old rules promised, as `fit_rules` takes it."""
+    promised: dict[str, Any] = {}
+    if model.acceptance is not None:
+        promised |= {name: model.record["acceptance"][name] for name in ("risk", "delta")}
+    if model.sets is not None:
+        promised |= {"coverage": model.record["sets"]["coverage"], "sets": model.sets.name}
+    return promised
+
+
+def _decided(
+    model: UncertainModel, splits: Splits, rules: Mapping[str, Any], device: str, progress: ProgressCallback
+) -> tuple[UncertainModel, list[DecisionError]]:
+    """The rules fitted again, with the same promises; those that these images cannot keep are given back."""
+    try:
+        return fit_rules(model, splits, device=device, progress=progress, **rules)
+    except DecisionError as error:
+        return model, [error]
+
+
+def _warnings(
+    bundle: Bundle, model: UncertainModel, splits: Splits, after: Evaluation, lost: Sequence[DecisionError]
+) -> list[str]:
     """What was said before and still holds, and what has to be said now."""
     old = [text for text in bundle.report_json["warnings"] if not text.startswith("compressed is not calibrated")]
     new = [
@@ -162,8 +192,8 @@ def _warnings(bundle: Bundle, model: UncertainModel, splits: Splits, after: Eval
         *(f"{count} identical images are in both parts of {pair}" for pair, count in identical_images(splits).items()),
         *suspicions(model, splits, after),
     ]
-    if bundle.model.acceptance is not None or bundle.model.sets is not None:
-        new.append("decision rules held for the old probabilities and are left out: fit them again")
+    new += [f"a decision rule of the old bundle is left out: {error}" for error in lost]
+    new += broken(after.decisions, model.record)
     return list(dict.fromkeys(old + new))
 
 

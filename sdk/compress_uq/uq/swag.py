@@ -58,7 +58,7 @@ class SnapshotMoments(Observer):
             UncertaintyError: there will be too few.
         """
         span = math.ceil(total * self._share)
-        _refuse_few(span, self._rank)
+        _refuse_few(span)
         interval = max(1, span // self._snapshots)
         if total - done >= span or (total - done) % interval:
             return
@@ -86,12 +86,11 @@ class SnapshotMoments(Observer):
         self._deviations, self._count = state["deviations"].clone(), int(state["snapshots"])
 
 
-def _refuse_few(snapshots: int, rank: int) -> None:
-    needed = max(2, rank)
-    if snapshots < needed:
+def _refuse_few(snapshots: int) -> None:
+    if snapshots < 2:
         raise UncertaintyError(
-            f"swag has {snapshots} steps to take snapshots of, rank {rank} needs {needed}: train for more epochs, with "
-            "a smaller batch, or take a lower rank (--uq-option rank=, or SWAG(rank=))"
+            f"swag has {snapshots} step to take a snapshot of, and a spread needs 2: train for more epochs, with a "
+            "smaller batch, or over a larger share of them (--uq-option share=, or SWAG(share=))"
         )
 
 
@@ -100,8 +99,8 @@ class SWAG(DrawnWeights):
     """Weights drawn from a Gaussian fitted to a training's last weights (Maddox et al. 2019).
 
     At least `snapshots` are taken in the last `share` of the steps. The covariance is `scale` times the sum of the
-    diagonal and of the low-rank part from the last `rank` snapshots; rank 0 leaves the diagonal alone, whose scale in
-    the paper is 1. One sample is the mean, stochastic weight averaging (Izmailov et al. 2018).
+    diagonal and of the low-rank part from the last `rank` snapshots, or from all where a short training gives fewer;
+    rank 0 leaves the diagonal alone, whose scale in the paper is 1. One sample is the mean, stochastic weight averaging (Izmailov et al. 2018).
     """
 
     rank: int = 20
@@ -133,15 +132,15 @@ class SWAG(DrawnWeights):
         """The fitted Gaussian.
 
         Raises:
-            UncertaintyError: too few snapshots for the rank.
+            UncertaintyError: fewer than two snapshots.
         """
         observed = require_observed(self.name, trained, "mean", "squares", "deviations", "snapshots")
         count = int(observed["snapshots"])
-        _refuse_few(count, self.rank)
+        _refuse_few(count)
         deviations = observed["deviations"][-self.rank :] if self.rank else observed["deviations"][:0]
         return (
             SwagGaussian(observed["mean"], observed["squares"] / count, deviations, self.scale),
-            {"snapshots": count},
+            {"snapshots": count, "rank": len(deviations)},
         )
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
