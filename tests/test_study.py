@@ -259,7 +259,7 @@ def test_runs_that_differ_after_training_share_it(tmp_path, monkeypatch):
         return fit(*arguments, progress=lambda event: steps.append(stage), stage=stage, **options)
 
     monkeypatch.setattr(cuq.steps, "fit_network", watched)
-    result = cuq.run_study(file)
+    result = cuq.run_study(file, tmp_path / "out")
     found = {(run.values["uq"], run.values["score"]): run.record["result"] for run in result.runs}
     assert len(found) == 4
     images = 1797 * 0.8 * 0.9
