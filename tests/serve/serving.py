@@ -21,15 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import compress_uq as cuq
-from compress_uq.cost import Cost
-from compress_uq.decisions import LAC, SGR
-from compress_uq.stages import Origin
-from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MCDropout, Trained
-from small_models import randomise
+from small_models import decided_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE, LABELS = (1, 8, 8), ("left", "right", "straight on", "stop")
@@ -48,16 +42,8 @@ def in_the_server(code: str) -> str:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """One model with decision rules, exported in two modes."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("files")
-    origin = Origin(SHAPE, Cost(1, 10**12, 1), LABELS, (0.5,), (0.25,))
-    options = {"widths": [16, 16]}
-    network = randomise(cuq.build_model("compress-uq:cnn", num_classes=4, input_shape=SHAPE, options=options))
-    network[-1].weight.data *= 5
-    method = MCDropout(p=0.2, samples=5)
-    model = UncertainModel(method.fit(Trained((network,), origin)), method, origin)
-    model.acceptance = SGR({"risk": 0.1, "delta": 0.05}, threshold=torch.tensor(0.5))
-    model.sets = LAC({"coverage": 0.9}, threshold=torch.tensor(0.8))
+    model = decided_model(SHAPE, LABELS)
     for sampling in ("fixed", "seeded"):
         cuq.export_onnx(model, folder / f"{sampling}.onnx", sampling=sampling)
     return folder
