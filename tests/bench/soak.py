@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,10 @@ def make_file(folder: Path) -> Path:
     torch.manual_seed(0)
     dense = cuq.build_model("compress-uq:cnn", num_classes=10, input_shape=(1, 8, 8))
     dense[-1].weight.data *= 5
-    method = cuq.uq.MCDropout(p=0.2, samples=20)
-    uncertain = cuq.fit_uncertainty(dense, method=method, example_inputs=torch.randn(1, 1, 8, 8))
+    pruned = cuq.prune(dense, torch.randn(1, 1, 8, 8), sparsity=0.6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a network that was not trained with dropout
+        uncertain = cuq.fit_uncertainty(pruned, method=cuq.uq.MCDropout(p=0.2, samples=20))
     cuq.export_onnx(uncertain, folder / "model.onnx", sampling="seeded")
     return folder / "model.onnx"
 
