@@ -230,6 +230,28 @@ def test_other_models_stay_and_nothing_is_replaced_unasked(files, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "photos"]
 
 
+def test_nothing_half_written_lies_in_the_repository(files, tmp_path, monkeypatch):
+    """A server takes every folder in it for a model, and does not start when one cannot be loaded."""
+    repository, seen = tmp_path / "repository", []
+    real = Path.write_bytes
+
+    def write_bytes(path, data):
+        seen.append({p.name for p in repository.iterdir()})
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    for expected in (set(), {"classifier"}):
+        seen.clear()
+        cuq.export_triton(files / "fixed.onnx", repository, overwrite=True)
+        assert len(seen) == 3
+        assert all(names == expected for names in seen)
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ArtifactError, match="No space left"):
+        cuq.export_triton(files / "fixed.onnx", repository, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["repository"]
+    assert [p.name for p in repository.iterdir()] == ["classifier"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

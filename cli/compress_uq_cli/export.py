@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,12 +48,9 @@ def export(
         "warm_up": warm_up,
     }
     serving = {key: value for key, value in given.items() if value is not None}
-    if to == "triton":
-        result = _to_triton(bundle, out, sampling, arch, cuq.TritonOptions(**serving), overwrite)
-    elif to == "onnx":
-        result = _to_onnx(bundle, out, sampling, arch, serving, overwrite)
-    else:
-        raise cuq.errors.UnknownNameError("exporter", to, ("onnx", "triton"))
+    if to not in _WRITERS:
+        raise cuq.errors.UnknownNameError("exporter", to, _WRITERS)
+    result = _WRITERS[to](bundle, out, sampling, arch, serving, overwrite)
     note(f"{result.path}: {result.size_bytes:,} bytes, sampling {sampling}, {len(result.gates)} gates passed")
     if json:
         print_json({"path": str(result.path), "size_bytes": result.size_bytes, "gates": dict(result.gates)})
@@ -68,8 +66,9 @@ def _to_onnx(bundle: Path, out: Path, sampling: str, arch: str | None, serving: 
 
 
 def _to_triton(
-    artifact: Path, out: Path, sampling: str, arch: str | None, options: cuq.TritonOptions, overwrite: bool
+    artifact: Path, out: Path, sampling: str, arch: str | None, serving: dict[str, Any], overwrite: bool
 ) -> Any:
+    options = cuq.TritonOptions(**serving)
     if not artifact.is_file():
         loaded = cuq.Bundle.load(artifact, arch=arch)
         return loaded.export_triton(out, sampling=sampling, options=options, overwrite=overwrite)
@@ -83,3 +82,6 @@ def _sizes(given: str) -> tuple[int, ...]:
         return tuple(int(size) for size in given.split(","))
     except ValueError as error:
         raise cuq.InputError(f"--preferred-batch-sizes {given}: expected numbers such as 8,16,32") from error
+
+
+_WRITERS: dict[str, Callable[..., Any]] = {"onnx": _to_onnx, "triton": _to_triton}

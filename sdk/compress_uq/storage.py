@@ -56,14 +56,20 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def replace_directory(
-    path: str | os.PathLike[str], *, overwrite: bool, mark: str = "manifest.json", kind: str = "bundle"
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    mark: str = "manifest.json",
+    kind: str = "bundle",
+    workplace: Path | None = None,
 ) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well.
+    """A temporary folder that takes the place of `path` when the block ends well.
 
     Args:
         path: the folder.
         overwrite: replace a folder that is there and holds `mark`.
         mark: the file by which a folder of this `kind` is known.
+        workplace: where the temporary folder lies, on the same file system; beside `path` by default.
 
     Raises:
         ArtifactError: `path` exists and `overwrite` is False, or it cannot be written.
@@ -73,11 +79,12 @@ def replace_directory(
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        place = workplace or target.parent
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}."))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.")) / "bundle"
+            old = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}.old.")) / "bundle"
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old.parent)

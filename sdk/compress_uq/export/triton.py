@@ -64,11 +64,23 @@ def export_triton(
     for name, source in _BACKENDS[served.backend].items():
         files[f"1/{name}"] = resources.files("compress_uq.export").joinpath(source).read_bytes()
     target = Path(path) / served.name
-    with replace_directory(target, overwrite=overwrite, mark="config.pbtxt", kind="Triton model") as folder:
+    with replace_directory(
+        target, overwrite=overwrite, mark="config.pbtxt", kind="Triton model", workplace=_beside(target.parent)
+    ) as folder:
         (folder / "1").mkdir()
         for name, data in files.items():
             (folder / name).write_bytes(data)
     return ExportResult(target, sum(map(len, files.values())), gates)
+
+
+def _beside(repository: Path) -> Path | None:
+    """A place outside the repository: a server takes every folder in it for a model, hidden and half-written ones too.
+
+    None where files cannot be moved from there, as with a volume that is mounted at the repository itself.
+    """
+    outside = next(folder for folder in repository.absolute().parents if folder.is_dir())
+    same_volume = not repository.exists() or outside.stat().st_dev == repository.stat().st_dev
+    return outside if same_volume and os.access(outside, os.W_OK) else None
 
 
 def _refuse_impossible(options: TritonOptions) -> None:
