@@ -252,6 +252,12 @@ def test_nothing_half_written_lies_in_the_repository(files, tmp_path, monkeypatc
     assert [p.name for p in repository.iterdir()] == ["classifier"]
 
 
+def test_a_repository_that_cannot_be_written_to_from_outside(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    cuq.export_triton(files / "fixed.onnx", tmp_path / "repository")
+    assert [p.name for p in (tmp_path / "repository").iterdir()] == ["classifier"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

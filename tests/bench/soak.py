@@ -12,6 +12,7 @@ call fails, or memory at the end is more than GROWTH above that after a tenth.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import threading
@@ -32,7 +33,7 @@ GROWTH = 16 * 2**20
 def resident() -> int:
     """Bytes of this process in memory (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_file(folder: Path) -> Path:

@@ -356,3 +356,11 @@ def test_triton_refuses_what_the_configuration_avoids(repository, tmp_path):
     assert config.read_text() != text
     with pytest.raises(AssertionError, match="must specify 'dims'"), running(tmp_path / "repository", tmp_path):
         pass
+
+
+def test_a_hidden_folder_in_the_repository_keeps_the_server_from_starting(repository, tmp_path):
+    """Why a model is put together outside the repository."""
+    shutil.copytree(repository / "fixed", tmp_path / "repository" / "fixed")
+    (tmp_path / "repository" / ".fixed.half" / "1").mkdir(parents=True)
+    with pytest.raises(AssertionError, match="failed to load all models"), running(tmp_path / "repository", tmp_path):
+        pass
