@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench zoo lint clean
+.PHONY: demo test serve-test bench soak zoo lint clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,16 @@ demo: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
+# A real Triton server, in an environment of its own (half a gigabyte), with the exported file behind it.
+SERVER := .venv-serve
+$(SERVER)/.ready:
+	$(PYTHON) -m venv $(SERVER)
+	$(SERVER)/bin/pip install --quiet "nvidia-pytriton>=0.7" "onnxruntime>=1.31.1" "tritonclient[http]>=2.73"
+	touch $@
+
+serve-test: $(READY) $(SERVER)/.ready
+	COMPRESS_UQ_SERVER=$(CURDIR)/$(SERVER)/bin/python OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/serve/serving.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,9 +42,14 @@ bench: $(READY)
 	$(BIN)/python tests/bench/table1.py
 	$(BIN)/python tests/bench/card.py
 
+# 100,000 requests of mixed sizes from 8 threads on one OnnxPredictor; REQUESTS=5000 for less.
+REQUESTS ?= 100000
+soak: $(READY)
+	$(BIN)/python tests/bench/soak.py --requests $(REQUESTS)
+
 # Every torchvision classifier: pruned, checked, saved, exported; takes hours, goes on where it stopped.
 zoo: $(READY)
 	$(BIN)/python tests/bench/zoo.py
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(SERVER) .mypy_cache .ruff_cache .pytest_cache

@@ -7,6 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import compress_uq as cuq
+from compress_uq.cost import Cost
+from compress_uq.decisions import LAC, SGR
+from compress_uq.stages import Origin
+from compress_uq.uncertain import UncertainModel
+from compress_uq.uq import MCDropout, Trained
 
 SMALL = (3, 32, 32)
 
@@ -143,3 +148,18 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def no_model() -> dict:
     return {}
+
+
+def decided_model(shape, labels):
+    """An exportable model with dropout and both decision rules; random weights."""
+    torch.manual_seed(0)
+    options = {"widths": [16, 16]}
+    network = randomise(cuq.build_model("compress-uq:cnn", num_classes=4, input_shape=shape, options=options))
+    network[-1].weight.data *= 5
+    origin = Origin(shape, Cost(1, 10**12, 1), labels, (0.5,), (0.25,))
+    method = MCDropout(p=0.2, samples=5)
+    return UncertainModel(
+        method.fit(Trained((network,), origin)), method, origin,
+        acceptance=SGR({"risk": 0.1, "delta": 0.05}, threshold=torch.tensor(0.5)),
+        sets=LAC({"coverage": 0.9}, threshold=torch.tensor(0.8)),
+    )  # fmt: skip

@@ -113,9 +113,10 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_the_runtime_needs_no_torch():
+@pytest.mark.parametrize("line", ["import compress_uq.runtime", "import compress_uq; compress_uq.OnnxPredictor"])
+def test_the_runtime_needs_no_torch(line):
     heavy = "torch onnx sklearn scipy matplotlib typer rich netcal safetensors".split()
-    code = f"import sys; import compress_uq.runtime; print([m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys; {line}; print([m for m in {heavy!r} if m in sys.modules])"
     done = run(code)
     assert done.stdout.strip() == "[]", done.stderr
 

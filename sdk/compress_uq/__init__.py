@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compress_uq.data import DataInfo, Splits, hold_out, load_splits, set_aside
     from compress_uq.deciding import decide
     from compress_uq.errors import CompressUQError, InputError
-    from compress_uq.export import export_onnx
+    from compress_uq.export import TritonOptions, export_onnx, export_triton
     from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
     from compress_uq.layer_sensitivity import Sensitivity, sensitivity
     from compress_uq.listing import catalogue
@@ -69,6 +69,7 @@ _HOME = {
     "Study": "study",
     "StudyResult": "study",
     "TrainingConfig": "config",
+    "TritonOptions": "export",
     "UncertainModel": "uncertain",
     "build_model": "models",
     "calibrate": "steps",
@@ -79,6 +80,7 @@ _HOME = {
     "decide": "deciding",
     "evaluate": "report",
     "export_onnx": "export",
+    "export_triton": "export",
     "finetune": "steps",
     "fit_uncertainty": "steps",
     "from_toml": "config",
@@ -142,6 +144,7 @@ __all__ = [
     "Study",
     "StudyResult",
     "TrainingConfig",
+    "TritonOptions",
     "UncertainModel",
     "__version__",
     "build_model",
@@ -157,6 +160,7 @@ __all__ = [
     "errors",
     "evaluate",
     "export_onnx",
+    "export_triton",
     "finetune",
     "fit_uncertainty",
     "from_toml",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,7 +21,7 @@ from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import Cost
 from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.errors import ArtifactError, InputError
-from compress_uq.export import ExportResult, export_onnx
+from compress_uq.export import ExportResult, TritonOptions, export_onnx, export_triton
 from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.models import Architecture, versioned
 from compress_uq.registry import Registry
@@ -198,6 +199,26 @@ class Bundle:
     def export_onnx(self, path: str | os.PathLike[str], *, sampling: str = "fixed") -> ExportResult:
         """Export again; see `compress_uq.export_onnx`."""
         return export_onnx(self.model, path, sampling=sampling, recipe_hash=recipe_hash(self.recipe))
+
+    def export_triton(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sampling: str = "fixed",
+        options: TritonOptions | None = None,
+        overwrite: bool = False,
+    ) -> ExportResult:
+        """Put this bundle's file, or one in another sampling mode, into a model repository.
+
+        See `compress_uq.export_triton`. With `fixed` it is model.onnx as it stands, and no torch model is needed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            if sampling == "fixed":
+                file.write_bytes(self.onnx)
+            else:
+                self.export_onnx(file, sampling=sampling)
+            return export_triton(file, path, options=options, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -55,22 +55,36 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 @contextmanager
-def replace_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well.
+def replace_directory(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    mark: str = "manifest.json",
+    kind: str = "bundle",
+    workplace: Path | None = None,
+) -> Iterator[Path]:
+    """A temporary folder that takes the place of `path` when the block ends well.
+
+    Args:
+        path: the folder.
+        overwrite: replace a folder that is there and holds `mark`.
+        mark: the file by which a folder of this `kind` is known.
+        workplace: where the temporary folder lies, on the same file system; beside `path` by default.
 
     Raises:
         ArtifactError: `path` exists and `overwrite` is False, or it cannot be written.
     """
     target = Path(path)
-    refuse_existing(target, overwrite=overwrite)
+    refuse_existing(target, overwrite=overwrite, mark=mark, kind=kind)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        place = workplace or target.parent
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}."))
         os.chmod(temporary, 0o777 & ~_umask())
         yield temporary
         if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old.")) / "bundle"
+            old = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}.old.")) / "bundle"
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old.parent)
@@ -83,18 +97,18 @@ def replace_directory(path: str | os.PathLike[str], *, overwrite: bool) -> Itera
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
+def refuse_existing(target: Path, *, overwrite: bool, mark: str = "manifest.json", kind: str = "bundle") -> None:
     """Stop before any work where the output is already there.
 
     Raises:
-        ArtifactError: it exists and may not be replaced, or is something else than a bundle.
+        ArtifactError: it exists and may not be replaced, or is something else than what it would replace.
     """
     if not target.exists():
         return
     if not overwrite:
         raise ArtifactError(f"{target} exists: pass --overwrite (overwrite=True) to replace it, or another --out")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "manifest.json").is_file()):
-        raise ArtifactError(f"{target} is not a bundle and is not overwritten: choose another --out")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / mark).is_file()):
+        raise ArtifactError(f"{target} is not a {kind} and is not overwritten: choose another --out")
 
 
 def _umask() -> int:

@@ -2,10 +2,13 @@
 
 from compress_uq.export.gates import GATES, check_graph
 from compress_uq.export.onnx_file import ExportResult, export_onnx
+from compress_uq.export.triton import TritonOptions, export_triton
 from compress_uq.registry import Entry, Registry
 
-__all__ = ["EXPORTERS", "GATES", "ExportResult", "check_graph", "export_onnx"]
+__all__ = ["EXPORTERS", "GATES", "ExportResult", "TritonOptions", "check_graph", "export_onnx", "export_triton"]
 
 EXPORTERS: Registry[str] = Registry(
-    "exporter", Entry("onnx", "one ONNX file at opset 18, float32, samples folded into the batch", "", "onnx")
+    "exporter",
+    Entry("onnx", "one ONNX file at opset 18, float32, samples folded into the batch", "", "onnx"),
+    Entry("triton", "a model repository for Triton Inference Server", "", "triton"),
 )
