@@ -14,6 +14,8 @@ import torch
 
 from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES, Rule
 from compress_uq.errors import ArtifactError, GateError, InputError
+from compress_uq.export.feeds import extreme_feed, random_feed, torch_answers
+from compress_uq.export.formats import INTEGER_NODES, check_formats
 from compress_uq.export.graph import OPSET
 from compress_uq.registry import Registry
 from compress_uq.runtime import METADATA_PREFIX, session
@@ -33,6 +35,20 @@ _DECIDED_ON: dict[str, tuple[str, Registry[Any]]] = {
     "prediction_set": ("probabilities", SET_RULES),
 }
 """What a decision looks at, and where its rule is found."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near a file in short numbers comes to float32, and to itself unoptimised, which rounds elsewhere."""
+
+    moved: float
+    """Mean over images of the share of probability that lies on other classes: half the sum of absolute differences."""
+    margin: float
+    """Labels may differ only where the two most probable classes are nearer than this."""
+
+
+_LIKENESS = {"fp16": Likeness(0.01, 0.05), "int8": Likeness(0.1, 0.5)}
+"""About four times what a CIFAR-10 ResNet-20 shows, and far less than what clipped ranges or a lost bias do."""
 
 _ROUNDING = 1e-13
 """Variance that float32 leaves among equal members: the square of a rounding error of a probability."""
@@ -69,10 +85,22 @@ class GateInput:
     """Torch's answers to `feed`; None without a torch model."""
     rules: Mapping[str, Rule]
     """The rules behind the decisions, as the file records them."""
+    recorded: Mapping[str, Any]
+    """The file's metadata."""
+
+    @property
+    def likeness(self) -> Likeness | None:
+        """How near two ways of computing must come where they round differently; None: as near as float32 does."""
+        return _LIKENESS.get(self.recorded.get("precision", "fp32"))
 
 
-def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
+def check_graph(content: bytes, model: UncertainModel | None, images: np.ndarray | None = None) -> dict[str, str]:
     """Run every gate on the bytes of a file; what each one found.
+
+    Args:
+        content: the file.
+        model: what it was made from, in float32, for the comparison with torch.
+        images: what to feed, in the file's layout, four or more; by default five random ones.
 
     Raises:
         GateError: the first that fails, by name.
@@ -82,25 +110,25 @@ def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
         proto = onnx.load_from_string(content)
     except Exception as error:  # protobuf's errors have no common type
         raise ArtifactError(f"not an ONNX file: {str(error).splitlines()[0]}") from error
-    recorded = {p.key.removeprefix(METADATA_PREFIX): p.value for p in proto.metadata_props}
+    recorded = {
+        p.key.removeprefix(METADATA_PREFIX): json.loads(p.value)
+        for p in proto.metadata_props
+        if p.key.startswith(METADATA_PREFIX)
+    }
     if "sampling" not in recorded or "samples" not in recorded:
         raise ArtifactError("the ONNX file was not exported by compress-uq: it does not say how it samples")
-    feed = _feed(proto)
-    expected = None
-    if model is not None:
-        with torch.no_grad():
-            answers = model(*(torch.from_numpy(value) for value in feed.values()))
-        expected = [field.numpy() for field in answers if field is not None]
+    feed = random_feed(proto, images)
     given = GateInput(
         proto,
         content,
         feed,
         _runner(content, True),
         _runner(content, False),
-        json.loads(recorded["samples"]),
-        json.loads(recorded["sampling"]) != "random",
-        expected,
-        _recorded_rules(json.loads(recorded.get("thresholds", "{}")), proto),
+        recorded["samples"],
+        recorded["sampling"] != "random",
+        None if model is None else torch_answers(model, feed, recorded["input"]),
+        _recorded_rules(recorded.get("thresholds", {}), proto),
+        recorded,
     )
     return {name: gate(given) for name, gate in GATES.items()}
 
@@ -115,16 +143,6 @@ def _recorded_rules(thresholds: Mapping[str, Any], proto: onnx.ModelProto) -> di
         }
     except (KeyError, TypeError, InputError) as error:
         raise ArtifactError(f"the ONNX file does not say how it decides: {error}") from error
-
-
-def _feed(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Five random images, and seeds where the graph takes them."""
-    random = np.random.default_rng(1)
-    shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]]
-    feed: dict[str, np.ndarray] = {"images": random.normal(size=(5, *shape)).astype(np.float32)}
-    if len(proto.graph.input) > 1:
-        feed["seed"] = random.integers(-(2**62), 2**62, 5)
-    return feed
 
 
 def _runner(content: bytes, optimise: bool) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
@@ -143,6 +161,8 @@ def _operators(given: GateInput) -> str:
     if given.proto.functions:
         raise GateError(f"gate 'operators': the graph holds {len(given.proto.functions)} functions, expected none")
     allowed = _PORTABLE if given.deterministic else _PORTABLE | _RANDOM
+    if given.recorded.get("quantization"):
+        allowed |= INTEGER_NODES
     foreign = sorted({node.op_type for node in given.proto.graph.node} - allowed)
     if foreign:
         raise GateError(f"gate 'operators': {', '.join(foreign)} cannot run on every GPU runtime, or is random")
@@ -176,14 +196,14 @@ def _optimisation(given: GateInput) -> str:
     """The optimiser changes no answer."""
     if not given.deterministic:
         return "not compared: each call draws anew"
-    return _agree("optimisation", given, given.optimised(given.feed), given.plain(given.feed))
+    return _compare("optimisation", given, given.optimised(given.feed), given.plain(given.feed))
 
 
 def _parity(given: GateInput) -> str:
-    """onnxruntime answers as torch does with the same masks."""
+    """onnxruntime answers as torch does in float32 with the same masks."""
     if not given.deterministic or given.expected is None:
         return "not compared: " + ("each call draws anew" if not given.deterministic else "no torch model at hand")
-    return _agree("parity", given, given.optimised(given.feed), given.expected)
+    return _compare("parity", given, given.optimised(given.feed), given.expected)
 
 
 def _batch(given: GateInput) -> str:
@@ -213,6 +233,38 @@ def _members(given: GateInput) -> str:
     if not given.deterministic and np.array_equal(answers[0], given.optimised(given.feed)[0]):
         raise GateError("gate 'members': two calls gave the same answer, and fresh samples were asked for")
     return f"variance {got:.3g}"
+
+
+def _finite(given: GateInput) -> str:
+    """No answer is NaN or infinite, for the darkest and brightest images as well."""
+    for feed in (given.feed, extreme_feed(given.proto)):
+        for run in (given.optimised, given.plain):
+            for output, values in zip(given.proto.graph.output, run(feed), strict=True):
+                if not np.isfinite(values).all():
+                    raise GateError(f"gate 'finite': {output.name} holds NaN or infinite values")
+    return "every output"
+
+
+def _precision(given: GateInput) -> str:
+    """The members are computed in the numbers that the file names, and what follows their logits in float32."""
+    return check_formats(given.proto, given.recorded)
+
+
+def _compare(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
+    """As near as the file's precision lets two ways of computing it come."""
+    if given.likeness is None:
+        return _agree(gate, given, got, wanted)
+    p, q = got[0].astype(np.float64), wanted[0].astype(np.float64)
+    moved = np.abs(p - q).sum(1) / 2
+    flipped = (got[1] != wanted[1]) & (_margin(wanted[0]) > given.likeness.margin)
+    if flipped.any():
+        raise GateError(f"gate {gate!r}: {int(flipped.sum())} of {len(p)} labels differ that are not close calls")
+    if not moved.mean() <= given.likeness.moved:
+        raise GateError(
+            f"gate {gate!r}: {moved.mean():.3g} of the probability lies elsewhere, allowed {given.likeness.moved:g}"
+        )
+    same = float((got[1] == wanted[1]).mean())
+    return f"{moved.mean():.2g} of the probability moved, {same:.1%} of {len(p)} labels the same"
 
 
 def _agree(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
@@ -256,6 +308,8 @@ GATES: dict[str, Callable[[GateInput], str]] = {
     "operators": _operators,
     "signature": _signature,
     "one file": _one_file,
+    "precision": _precision,
+    "finite": _finite,
     "optimisation": _optimisation,
     "parity": _parity,
     "batch": _batch,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress_uq.cost import interleaved_milliseconds, measure_cost, on_device
-from compress_uq.data import ImageDataset, Splits, check_labels
+from compress_uq.data import ImageDataset, Splits, as_pixels, check_labels
 from compress_uq.errors import ArtifactError
 from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy
 from compress_uq.predict import collect_predictions
@@ -102,7 +102,7 @@ def evaluate(
     predictor: Callable[[Tensor], Prediction]
     with contextlib.ExitStack() as stack:
         if isinstance(model, OnnxPredictor):
-            predictor, cost, labels = _of_file(model), _onnx_cost(model), model.metadata.get("labels")
+            predictor, cost, labels = _of_file(model, splits), _onnx_cost(model), model.metadata.get("labels")
             target = torch.device("cpu")
         else:
             uncertain = _as_uncertain(model, splits)
@@ -154,12 +154,16 @@ def _run(made: Any, images: np.ndarray) -> Callable[[], object]:
     return lambda: made.run(None, {"images": images})
 
 
-def _of_file(onnx: OnnxPredictor) -> Callable[[Tensor], Prediction]:
-    """A file that takes seeds gets the same one for every image, so that a figure can be measured again."""
+def _of_file(onnx: OnnxPredictor, splits: Splits) -> Callable[[Tensor], Prediction]:
+    """A file that takes seeds gets the same one for every image, so that a figure can be measured again.
+
+    One that takes pixels gets those that the splits were normalised from.
+    """
+    mean, std = (getattr(splits.info, name) or onnx.metadata["input"][name] for name in ("mean", "std"))
 
     def predict(images: Tensor) -> Prediction:
         seed = np.zeros(len(images), np.int64) if onnx.seeded else None
-        return onnx(images.numpy(), seed)
+        return onnx((as_pixels(images, (mean, std)) if onnx.takes_pixels else images).numpy(), seed)
 
     return predict
 
