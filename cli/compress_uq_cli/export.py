@@ -41,7 +41,8 @@ def export(
         str, typer.Option("--input", help="float32-nchw, normalised, or uint8-nhwc, pixels.")
     ] = "float32-nchw",
     resize: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH of the pixels that are fed; the graph brings them to the model's size.")
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH of the pixels that are fed; the graph brings them to the model's size."),
     ] = None,
     data: o.Data = None,
     data_root: o.DataRoot = Path("data"),
@@ -67,7 +68,9 @@ def export(
         result = _export(wanted, splits, out, callback)
         card = None if splits is None else _compared(wanted, splits, callback)
     again = f", fitted again: {', '.join(result.refitted)}" if result.refitted else ""
-    note(f"{out}: {result.size_bytes:,} bytes, {precision}, sampling {sampling}, {len(result.gates)} gates passed{again}")
+    note(
+        f"{out}: {result.size_bytes:,} bytes, {precision}, sampling {sampling}, {len(result.gates)} gates passed{again}"
+    )
     if card is not None and splits is not None:
         show_table(f"{out} on {splits.info.name}", ["", *card.columns], card.rows())
     if json:

@@ -129,6 +129,7 @@ def _joined(
     later.ir_version = first.ir_version
     whole = compose.merge_models(first, later, io_map=list(parts), producer_name="", producer_version="")
     del whole.graph.value_info[:]
+    del whole.opset_import[1:]  # each part brought the same one
     whole.graph.name = "main_graph"
     return whole
 

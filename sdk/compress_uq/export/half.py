@@ -34,12 +34,12 @@ class HalfMembers(Members):
         self.count, self.sampling, self.head, self.found = members.count, members.sampling, members.head, members.found
         self.members = _folded(members, *example)
         for network in self.members.networks:
-            network.half()
             for module in network.modules():
                 if isinstance(module, _NORMS):
-                    module.float()
                     module.register_forward_pre_hook(_to_float)
                     module.register_forward_hook(_to_half)
+                else:
+                    _halve(module)
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
@@ -53,6 +53,15 @@ class HalfMembers(Members):
     def with_features(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (T, N, K) and features (G, N, D), float32."""
         return self.members.with_features(images.half(), seed)
+
+
+def _halve(module: nn.Module) -> None:
+    """What a module itself stores, to float16; its children's is left alone."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.half(), requires_grad=False))
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            setattr(module, name, buffer.half())
 
 
 def _to_float(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

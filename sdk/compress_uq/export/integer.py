@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from compress_uq.errors import GateError
+from compress_uq.errors import CompressUQError, GateError
 from compress_uq.registry import Entry, Registry
 from compress_uq.runtime import quantisation_tools
 
@@ -105,6 +105,8 @@ def quantise(
                     "OpTypesToExcludeOutputQuantization": [] if scheme.outputs else list(OPERATORS),
                 },
             )
+        except CompressUQError:
+            raise
         except Exception as error:  # onnxruntime's errors have no common type
             raise GateError(f"onnxruntime cannot quantise this model: {str(error).strip().splitlines()[0]}") from error
         made = onnx.load(out)

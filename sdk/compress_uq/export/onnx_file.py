@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,8 @@ def export_onnx(
     else:
         if splits is not None:
             exported, refitted = refit(exported, body, splits, progress=progress)
+            if splits.info.calibration_from_test:
+                exported.origin = replace(exported.origin, reserved=splits.info.fingerprint)
         proto = assemble(body, exported, layout)
     described = describe(exported, recipe_hash, layout, precision)
     add_metadata(proto, described | {"quantization": chosen.described(), "refitted": refitted})
