@@ -7,5 +7,6 @@ from compress_uq.registry import Entry, Registry
 __all__ = ["EXPORTERS", "GATES", "ExportResult", "check_graph", "export_onnx"]
 
 EXPORTERS: Registry[str] = Registry(
-    "exporter", Entry("onnx", "one ONNX file at opset 18, float32, samples folded into the batch", "", "onnx")
+    "exporter",
+    Entry("onnx", "one ONNX file at opset 18 in fp32, fp16 or int8, samples folded into the batch", "", "onnx"),
 )

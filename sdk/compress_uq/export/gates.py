@@ -12,43 +12,17 @@ import numpy as np
 import onnx
 import torch
 
-from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES, Rule
+from compress_uq.decisions import Rule
 from compress_uq.errors import ArtifactError, GateError, InputError
+from compress_uq.export.agreement import DECIDED_ON, LIKENESS, agree, alike
 from compress_uq.export.feeds import extreme_feed, random_feed, torch_answers
 from compress_uq.export.formats import INTEGER_NODES, check_formats
 from compress_uq.export.graph import OPSET
-from compress_uq.registry import Registry
 from compress_uq.runtime import METADATA_PREFIX, session
 from compress_uq.types import DECISION_NAMES, OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel
 
-__all__ = ["GATES", "TOLERANCE", "GateInput", "check_graph"]
-
-TOLERANCE = 1e-4
-"""Largest difference of a probability between two ways of running one graph."""
-
-_IN_UNIT = ("probabilities", "confidence", "variance")
-"""Outputs between 0 and 1, held to the tolerance as it stands; the others to ten times that share of their size."""
-
-_DECIDED_ON: dict[str, tuple[str, Registry[Any]]] = {
-    "accepted": ("uncertainty", ACCEPTANCE_RULES),
-    "prediction_set": ("probabilities", SET_RULES),
-}
-"""What a decision looks at, and where its rule is found."""
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """How near a file in short numbers comes to float32, and to itself unoptimised, which rounds elsewhere."""
-
-    moved: float
-    """Mean over images of the share of probability that lies on other classes: half the sum of absolute differences."""
-    margin: float
-    """Labels may differ only where the two most probable classes are nearer than this."""
-
-
-_LIKENESS = {"fp16": Likeness(0.01, 0.05), "int8": Likeness(0.1, 0.5)}
-"""About four times what a CIFAR-10 ResNet-20 shows, and far less than what clipped ranges or a lost bias do."""
+__all__ = ["GATES", "GateInput", "check_graph"]
 
 _ROUNDING = 1e-13
 """Variance that float32 leaves among equal members: the square of a rounding error of a probability."""
@@ -87,11 +61,6 @@ class GateInput:
     """The rules behind the decisions, as the file records them."""
     recorded: Mapping[str, Any]
     """The file's metadata."""
-
-    @property
-    def likeness(self) -> Likeness | None:
-        """How near two ways of computing must come where they round differently; None: as near as float32 does."""
-        return _LIKENESS.get(self.recorded.get("precision", "fp32"))
 
 
 def check_graph(content: bytes, model: UncertainModel | None, images: np.ndarray | None = None) -> dict[str, str]:
@@ -138,7 +107,7 @@ def _recorded_rules(thresholds: Mapping[str, Any], proto: onnx.ModelProto) -> di
     decided = [output.name for output in proto.graph.output if output.name in DECISION_NAMES]
     try:
         return {
-            name: _DECIDED_ON[name][1][found["rule"]](found["options"], threshold=torch.tensor(found["threshold"]))
+            name: DECIDED_ON[name][1][found["rule"]](found["options"], threshold=torch.tensor(found["threshold"]))
             for name, found in ((name, thresholds[name]) for name in decided)
         }
     except (KeyError, TypeError, InputError) as error:
@@ -196,14 +165,14 @@ def _optimisation(given: GateInput) -> str:
     """The optimiser changes no answer."""
     if not given.deterministic:
         return "not compared: each call draws anew"
-    return _compare("optimisation", given, given.optimised(given.feed), given.plain(given.feed))
+    return _compared("optimisation", given, given.optimised(given.feed), given.plain(given.feed))
 
 
 def _parity(given: GateInput) -> str:
     """onnxruntime answers as torch does in float32 with the same masks."""
     if not given.deterministic or given.expected is None:
         return "not compared: " + ("each call draws anew" if not given.deterministic else "no torch model at hand")
-    return _compare("parity", given, given.optimised(given.feed), given.expected)
+    return _compared("parity", given, given.optimised(given.feed), given.expected)
 
 
 def _batch(given: GateInput) -> str:
@@ -212,9 +181,9 @@ def _batch(given: GateInput) -> str:
         return "not compared: each call draws anew"
     whole = given.optimised(given.feed)
     turned = given.optimised({name: value[::-1].copy() for name, value in given.feed.items()})
-    _agree("batch", given, [field[::-1] for field in turned], whole)
+    agree("batch", _named(given, [field[::-1] for field in turned]), _named(given, whole), given.rules)
     alone = given.optimised({name: value[3:4] for name, value in given.feed.items()})
-    return _agree("batch", given, alone, [field[3:4] for field in whole])
+    return agree("batch", _named(given, alone), _named(given, [field[3:4] for field in whole]), given.rules)
 
 
 def _members(given: GateInput) -> str:
@@ -250,58 +219,15 @@ def _precision(given: GateInput) -> str:
     return check_formats(given.proto, given.recorded)
 
 
-def _compare(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
+def _named(given: GateInput, answers: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {output.name: answer for output, answer in zip(given.proto.graph.output, answers, strict=True)}
+
+
+def _compared(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
     """As near as the file's precision lets two ways of computing it come."""
-    if given.likeness is None:
-        return _agree(gate, given, got, wanted)
-    p, q = got[0].astype(np.float64), wanted[0].astype(np.float64)
-    moved = np.abs(p - q).sum(1) / 2
-    flipped = (got[1] != wanted[1]) & (_margin(wanted[0]) > given.likeness.margin)
-    if flipped.any():
-        raise GateError(f"gate {gate!r}: {int(flipped.sum())} of {len(p)} labels differ that are not close calls")
-    if not moved.mean() <= given.likeness.moved:
-        raise GateError(
-            f"gate {gate!r}: {moved.mean():.3g} of the probability lies elsewhere, allowed {given.likeness.moved:g}"
-        )
-    same = float((got[1] == wanted[1]).mean())
-    return f"{moved.mean():.2g} of the probability moved, {same:.1%} of {len(p)} labels the same"
-
-
-def _agree(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
-    worst = 0.0
-    names = [output.name for output in given.proto.graph.output]
-    for name, a, b in zip(names, got, wanted, strict=True):
-        if name == "label":
-            clear = _margin(wanted[0]) > 2 * TOLERANCE
-            if (a != b)[clear].any():
-                raise GateError(f"gate {gate!r}: labels differ")
-            continue
-        if name in DECISION_NAMES:
-            if (a != b)[_clear(given.rules[name], name, got, wanted)].any():
-                raise GateError(f"gate {gate!r}: {name} differs where nothing is near the threshold")
-            continue
-        difference = float(np.abs(a.astype(np.float64) - b).max())
-        allowed = TOLERANCE * (1 if name in _IN_UNIT else 10 * max(1.0, float(np.abs(b).max())))
-        if not difference <= allowed:
-            raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {allowed:.3g}")
-        worst = max(worst, difference)
-    return f"largest difference {worst:.2g}"
-
-
-def _clear(rule: Rule, name: str, got: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
-    """Where a decision does not hang on rounding: either side's values, and a threshold slightly higher or lower,
-    decide alike."""
-    place = OUTPUT_NAMES.index(_DECIDED_ON[name][0])
-    a, b = (torch.from_numpy(np.ascontiguousarray(side[place])) for side in (got, wanted))
-    shift = 10 * TOLERANCE * max(1.0, float(b.abs().max()))
-    low, high = (type(rule)(rule.options, threshold=rule.threshold + sign * shift)(b) for sign in (-1, 1))
-    clear: np.ndarray = ((low == high) & (rule(a) == rule(b))).numpy()
-    return clear
-
-
-def _margin(probabilities: np.ndarray) -> Any:
-    ordered = np.sort(probabilities, axis=1)
-    return ordered[:, -1] - ordered[:, -2]
+    likeness = LIKENESS.get(given.recorded.get("precision", "fp32"))
+    first, second = _named(given, got), _named(given, wanted)
+    return agree(gate, first, second, given.rules) if likeness is None else alike(gate, first, second, likeness)
 
 
 GATES: dict[str, Callable[[GateInput], str]] = {
