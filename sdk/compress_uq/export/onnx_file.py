@@ -19,6 +19,7 @@ from compress_uq.export.graph import add_metadata, describe, to_graph
 from compress_uq.export.layouts import LAYOUTS, Layout
 from compress_uq.export.precisions import PRECISIONS, calibration_images
 from compress_uq.export.refit import refit
+from compress_uq.predict import default_batch_size
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.storage import write_bytes
 from compress_uq.uncertain import UncertainModel
@@ -26,7 +27,7 @@ from compress_uq.uncertain import UncertainModel
 __all__ = ["ExportResult", "export_onnx"]
 
 _COMPARED = 64
-"""Calibration images on which a file in short numbers is compared with torch."""
+"""Calibration images on which a file in short numbers is compared with torch, at most; fewer where they are large."""
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,5 @@ def _compared(splits: Splits | None, layout: Layout) -> np.ndarray | None:
     """Calibration images for the gates, in the file's layout; None without splits."""
     if splits is None:
         return None
-    return layout.fed(torch.cat(list(calibration_images(splits, "the comparison with float32", _COMPARED))))
+    count = min(_COMPARED, max(4, default_batch_size(splits.example().shape[1:]) // 4))
+    return layout.fed(torch.cat(list(calibration_images(splits, "the comparison with float32", count))))

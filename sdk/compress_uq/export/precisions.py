@@ -19,6 +19,7 @@ from compress_uq.export.graph import example_inputs
 from compress_uq.export.half import HalfMembers
 from compress_uq.export.integer import SCHEMES, nodes_reading, quantise
 from compress_uq.export.layouts import Layout
+from compress_uq.predict import default_batch_size
 from compress_uq.registry import Entry, Registry
 from compress_uq.uncertain import UncertainModel
 
@@ -116,7 +117,8 @@ def calibration_images(splits: Splits, why: str, count: int = _IMAGES) -> Iterat
     dataset = splits.require("calibration", why)
     total = len(dataset)  # type: ignore[arg-type]
     chosen = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
-    for images, _ in batches(Subset(dataset, chosen.tolist()), _BATCH):
+    size = min(_BATCH, default_batch_size(dataset[0][0].shape))
+    for images, _ in batches(Subset(dataset, chosen.tolist()), size):
         yield images
 
 
