@@ -474,3 +474,16 @@ def test_command_line(command, bundle_folder):
     assert figures[0]["metrics"]["nll"]["value"] == pytest.approx(figures[1]["metrics"]["nll"]["value"], abs=1e-4)
     assert command("export", bundle_folder, "--out", "r.onnx", "--resize", "12")[0] == 2
     assert command("export", bundle_folder, "--out", "r.onnx", "--resize", "12x12")[0] == 2
+
+
+def test_gate_against_a_graph_that_ends_the_process(model, tmp_path, monkeypatch):
+    """onnxruntime 1.31 dies on the patches of a vision transformer in float16."""
+    import compress_uq.runtime as runtime
+
+    assert runtime.survives_loading(b"no graph")  # refused, which is no crash
+    monkeypatch.setattr(runtime.sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\nkill -SEGV $$\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(GateError, match="'loads'.*crash"):
+        cuq.export_onnx(model, tmp_path / "m.onnx", precision="fp16")
+    assert not (tmp_path / "m.onnx").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +22,7 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("onnxruntime is missing: pip install onnxruntime-gpu (or onnxruntime)") from _error
 
-__all__ = ["OnnxPredictor", "quantisation_tools", "session"]
+__all__ = ["OnnxPredictor", "quantisation_tools", "session", "survives_loading"]
 
 METADATA_PREFIX = "compress_uq."
 
@@ -51,6 +53,12 @@ def session(
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=wanted)
+
+
+def survives_loading(content: bytes) -> bool:
+    """False where onnxruntime, instead of raising, ends the process that loads a graph; tried in another process."""
+    code = "import sys; from compress_uq.runtime import session; session(sys.stdin.buffer.read())"
+    return subprocess.run([sys.executable, "-c", code], input=content, capture_output=True, check=False).returncode >= 0
 
 
 def quantisation_tools() -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Subset
 
 from compress_uq.data import Splits, batches
-from compress_uq.errors import InputError
+from compress_uq.errors import GateError, InputError
 from compress_uq.export.body import body_graph, tensors_outside_networks
 from compress_uq.export.graph import example_inputs
 from compress_uq.export.half import HalfMembers
@@ -21,6 +21,7 @@ from compress_uq.export.integer import SCHEMES, nodes_reading, quantise
 from compress_uq.export.layouts import Layout
 from compress_uq.predict import default_batch_size
 from compress_uq.registry import Entry, Registry
+from compress_uq.runtime import survives_loading
 from compress_uq.uncertain import UncertainModel
 
 __all__ = ["PRECISIONS", "Precision", "calibration_images"]
@@ -65,8 +66,15 @@ class Half(Precision):
     name = "fp16"
 
     def body(self, model: UncertainModel, layout: Layout, splits: Splits | None) -> onnx.ModelProto | None:
-        """Authored in torch."""
-        return body_graph(HalfMembers(model.members, *example_inputs(model, 2)), model, layout)
+        """Authored in torch.
+
+        Raises:
+            GateError: onnxruntime's optimiser for CPUs crashes on it, as on the patches of a vision transformer.
+        """
+        body = body_graph(HalfMembers(model.members, *example_inputs(model, 2)), model, layout)
+        if not survives_loading(body.SerializeToString()):
+            raise GateError("gate 'loads': this model in fp16 makes onnxruntime crash on this CPU: export fp32 or int8")
+        return body
 
 
 class Integer(Precision):
