@@ -80,9 +80,9 @@ def _splits_of_onnx(
         raise cuq.InputError(
             f"{model.path} names the data {name!r}, which is not imported on its own: pass --data {name}"
         )
-    shape = tuple(model.input_shape)
     mean, std = (normalisation[k] or recorded["input"][k] for k in ("mean", "std"))
-    splits = cuq.load_splits(name, mean=mean, std=std, input_shape=shape, reserve=False, **where)
+    given: dict[str, Any] = {"mean": mean, "std": std, "input_shape": model.image_shape, **where}
+    splits = cuq.load_splits(name, reserve=False, **given)
     if recorded.get("reserved_data") != splits.info.fingerprint:
         return splits
-    return cuq.load_splits(name, mean=mean, std=std, input_shape=shape, reserve=True, **where)
+    return cuq.load_splits(name, reserve=True, **given)

@@ -1,8 +1,9 @@
-"""`compress-uq export`: a bundle's ONNX file again, in another sampling mode, or as a model of a Triton server."""
+"""`compress-uq export`: a bundle's ONNX file again, in another form, or as a model of a Triton server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,22 @@ import typer
 
 import compress_uq as cuq
 from compress_uq_cli import options as o
-from compress_uq_cli.console import note, print_json
+from compress_uq_cli.console import note, print_json, progress, show_table
 
 __all__ = ["export"]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is written, and in which form."""
+
+    bundle: cuq.Bundle
+    out: Path
+    sampling: str
+    precision: str
+    quantization: str
+    input: str
+    resize: tuple[int, int] | None
 
 
 def export(
@@ -20,6 +34,23 @@ def export(
     out: Annotated[Path, typer.Option(help="The file to write; with --to triton the model repository.")],
     to: Annotated[str, typer.Option(help="onnx or triton.")] = "onnx",
     sampling: Annotated[str, typer.Option(help="fixed, seeded (a seed per image) or random.")] = "fixed",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    quantization: Annotated[
+        str, typer.Option(help="Of int8: cpu (uint8 activations) or tensorrt (symmetric int8).")
+    ] = "cpu",
+    layout: Annotated[
+        str, typer.Option("--input", help="float32-nchw, normalised, or uint8-nhwc, pixels.")
+    ] = "float32-nchw",
+    resize: Annotated[
+        str | None,
+        typer.Option(help="HEIGHTxWIDTH of the pixels that are fed; the graph brings them to the model's size."),
+    ] = None,
+    data: o.Data = None,
+    data_root: o.DataRoot = Path("data"),
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="METRIC<=NUMBER or METRIC>=NUMBER of the file on the test split; unmet: exit 1; repeatable."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="triton: the model's name on the server.")] = None,
     backend: Annotated[str | None, typer.Option(help="triton: onnxruntime or python.")] = None,
     max_batch_size: Annotated[int | None, typer.Option(help="triton: images in one execution.")] = None,
@@ -34,7 +65,11 @@ def export(
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
-    """Export a bundle's model; every gate is passed before anything is put in place."""
+    """Export a bundle's model; every gate is passed before the file is put in place.
+
+    With --data or --require the file is measured beside the float32 one, on images that calibrate nothing; fp16 and
+    int8 are calibrated again on theirs.
+    """
     given: dict[str, Any] = {
         "name": name,
         "backend": backend,
@@ -48,32 +83,63 @@ def export(
         "warm_up": warm_up,
     }
     serving = {key: value for key, value in given.items() if value is not None}
-    if to not in _WRITERS:
-        raise cuq.errors.UnknownNameError("exporter", to, _WRITERS)
-    result = _WRITERS[to](bundle, out, sampling, arch, serving, overwrite)
-    note(f"{result.path}: {result.size_bytes:,} bytes, sampling {sampling}, {len(result.gates)} gates passed")
+    _refuse(to, out, serving, overwrite)
+    form = (sampling, precision, quantization, layout, resize)
+    if to == "triton" and (bundle.is_file() or (form == _AS_IT_STANDS and not (data or require))):
+        result = _serve_as_it_stands(bundle, out, form, arch, cuq.TritonOptions(**serving), overwrite)
+        note(f"{result.path}: {result.size_bytes:,} bytes, {len(result.gates)} gates passed")
+        if json:
+            print_json(_json(result.path, result, None))
+        return
+    requirements = [cuq.Requirement.parse(text) for text in require or ()]
+    with tempfile.TemporaryDirectory() as folder:
+        file = out if to == "onnx" else Path(folder) / "model.onnx"
+        wanted = _Wanted(
+            cuq.Bundle.load(bundle, arch=arch), file, sampling, precision, quantization, layout, _size(resize)
+        )
+        splits = _splits(wanted, data, data_root, measured=bool(data or requirements))
+        with progress() as callback:
+            result = _export(wanted, splits, file, callback)
+            card = None if splits is None else _compared(wanted, splits, callback)
+        if to == "triton":
+            placed = cuq.export_triton(file, out, options=cuq.TritonOptions(**serving), overwrite=overwrite)
+            result = replace(result, path=placed.path, size_bytes=placed.size_bytes)
+    again = f", fitted again: {', '.join(result.refitted)}" if result.refitted else ""
+    said = f"{precision}, sampling {sampling}"
+    note(f"{result.path}: {result.size_bytes:,} bytes, {said}, {len(result.gates)} gates passed{again}")
+    if card is not None and splits is not None:
+        show_table(f"{result.path} on {splits.info.name}", ["", *card.columns], card.rows())
     if json:
-        print_json({"path": str(result.path), "size_bytes": result.size_bytes, "gates": dict(result.gates)})
+        print_json(_json(result.path, result, card))
+    unmet = [] if card is None else card.unmet(list(card.columns)[-1], requirements)
+    if unmet:
+        raise cuq.errors.RequirementNotMetError(
+            f"--require is not met: {'; '.join(unmet)} (the file is kept in {result.path})"
+        )
 
 
-def _to_onnx(bundle: Path, out: Path, sampling: str, arch: str | None, serving: dict[str, Any], overwrite: bool) -> Any:
-    if serving:
+_AS_IT_STANDS = ("fixed", "fp32", "cpu", "float32-nchw", None)
+"""The form of a bundle's model.onnx."""
+
+
+def _refuse(to: str, out: Path, serving: dict[str, Any], overwrite: bool) -> None:
+    if to not in ("onnx", "triton"):
+        raise cuq.errors.UnknownNameError("exporter", to, ("onnx", "triton"))
+    if to == "onnx" and serving:
         option = "--" + next(iter(serving)).replace("_", "-")
         raise cuq.InputError(f"{option} is for a server: add --to triton, or leave it out")
-    if out.exists() and not overwrite:
+    if to == "onnx" and out.exists() and not overwrite:
         raise cuq.InputError(f"{out} exists: pass --overwrite to replace it, or another --out")
-    return cuq.Bundle.load(bundle, arch=arch).export_onnx(out, sampling=sampling)
 
 
-def _to_triton(
-    artifact: Path, out: Path, sampling: str, arch: str | None, serving: dict[str, Any], overwrite: bool
+def _serve_as_it_stands(
+    artifact: Path, out: Path, form: tuple[Any, ...], arch: str | None, options: cuq.TritonOptions, overwrite: bool
 ) -> Any:
-    options = cuq.TritonOptions(**serving)
+    """A bundle's own file, or one that was exported before; no torch model is needed."""
     if not artifact.is_file():
-        loaded = cuq.Bundle.load(artifact, arch=arch)
-        return loaded.export_triton(out, sampling=sampling, options=options, overwrite=overwrite)
-    if sampling != "fixed":
-        raise cuq.InputError(f"--sampling {sampling}: {artifact} samples as it was exported; give its bundle instead")
+        return cuq.Bundle.load(artifact, arch=arch).export_triton(out, options=options, overwrite=overwrite)
+    if form != _AS_IT_STANDS:
+        raise cuq.InputError(f"{artifact} stays as it was exported: for another form give its bundle instead")
     return cuq.export_triton(artifact, out, options=options, overwrite=overwrite)
 
 
@@ -84,4 +150,56 @@ def _sizes(given: str) -> tuple[int, ...]:
         raise cuq.InputError(f"--preferred-batch-sizes {given}: expected numbers such as 8,16,32") from error
 
 
-_WRITERS: dict[str, Callable[..., Any]] = {"onnx": _to_onnx, "triton": _to_triton}
+def _splits(wanted: _Wanted, data: str | None, root: Path, *, measured: bool) -> cuq.Splits | None:
+    """Images that calibrate and measure, where either is done; the bundle's own data by default."""
+    if not measured and wanted.precision == "fp32":
+        return None
+    name = data or wanted.bundle.origin.data
+    if name is None or (data is None and (":" in name or name not in cuq.data.DATASETS)):
+        if not measured and wanted.precision == "fp16":
+            note("note: without --data fp16 keeps the calibration that was fitted in fp32")
+            return None
+        raise cuq.InputError("the bundle's data are not found by themselves: pass --data with their name or folder")
+    return cuq.load_new_data(wanted.bundle, name, root=root)
+
+
+def _export(wanted: _Wanted, splits: cuq.Splits | None, out: Path, callback: Any) -> Any:
+    return wanted.bundle.export_onnx(
+        out,
+        sampling=wanted.sampling,
+        precision=wanted.precision,
+        quantization=wanted.quantization,
+        input=wanted.input,
+        resize=wanted.resize,
+        splits=splits,
+        progress=callback,
+    )
+
+
+def _compared(wanted: _Wanted, splits: cuq.Splits, callback: Any) -> Any:
+    """The bundle's own float32 file and the one just written, on the test split."""
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "model.onnx"
+        reference.write_bytes(wanted.bundle.onnx)
+        name = wanted.precision if wanted.precision != "fp32" else "exported"
+        return cuq.compare_precisions({"fp32": reference, name: wanted.out}, splits, progress=callback)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """Height and width.
+
+    Raises:
+        InputError: something else.
+    """
+    if text is None:
+        return None
+    height, found, width = text.partition("x")
+    if not (found and height.isdecimal() and width.isdecimal()):
+        raise cuq.InputError(f"--resize {text!r}: expected HEIGHTxWIDTH, such as 256x256")
+    return int(height), int(width)
+
+
+def _json(out: Path, result: Any, card: Any) -> dict[str, Any]:
+    content = {"path": str(out), "size_bytes": result.size_bytes, "gates": dict(result.gates)}
+    content["refitted"] = list(result.refitted)
+    return content if card is None else {**content, "card": card.to_json()}

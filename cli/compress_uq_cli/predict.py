@@ -27,12 +27,8 @@ def predict(
         cuq.verify_files(artifact)
     model = cuq.OnnxPredictor(artifact / "model.onnx" if artifact.is_dir() else artifact)
     recorded = model.metadata
-    chosen_mean = o.numbers(mean, "--mean") or recorded["input"]["mean"]
-    chosen_std = o.numbers(std, "--std") or recorded["input"]["std"]
-    if chosen_mean is None or chosen_std is None:
-        raise cuq.InputError(f"{artifact} does not record its normalisation: pass --mean and --std")
-    images = cuq.data.read_images(files, model.input_shape, (tuple(chosen_mean), tuple(chosen_std)))
-    answers = model(images.numpy(), [0] * len(images) if model.seeded else None)
+    images = _pixels(model, files, mean or std) if model.takes_pixels else _normalised(model, files, mean, std)
+    answers = model(images, [0] * len(images) if model.seeded else None)
     labels = recorded["labels"] or [str(k) for k in range(answers.probabilities.shape[1])]
     results = [
         {
@@ -52,6 +48,22 @@ def predict(
     show_table(f"{artifact}", shown, rows)
     if json:
         print_json(results)
+
+
+def _normalised(model: cuq.OnnxPredictor, files: Sequence[Path], mean: str | None, std: str | None) -> Any:
+    recorded = model.metadata["input"]
+    chosen_mean = o.numbers(mean, "--mean") or recorded["mean"]
+    chosen_std = o.numbers(std, "--std") or recorded["std"]
+    if chosen_mean is None or chosen_std is None:
+        raise cuq.InputError(f"{model.path} does not record its normalisation: pass --mean and --std")
+    return cuq.data.read_images(files, model.image_shape, (tuple(chosen_mean), tuple(chosen_std))).numpy()
+
+
+def _pixels(model: cuq.OnnxPredictor, files: Sequence[Path], normalisation: str | None) -> Any:
+    if normalisation is not None:
+        raise cuq.InputError(f"{model.path} takes pixels and normalises them itself: leave out --mean and --std")
+    plain = (0.0,), (1.0,)
+    return cuq.data.as_pixels(cuq.data.read_images(files, model.image_shape, plain), plain).numpy()
 
 
 def _decided(answers: cuq.Prediction, labels: Sequence[str], image: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from compress_uq.progress import Progress
     from compress_uq.pruning import mask_weights, prune, remove_masks
     from compress_uq.recalibration import load_new_data, recalibrate
-    from compress_uq.report import Evaluation, ReportCard, Requirement, evaluate
+    from compress_uq.report import Evaluation, ReportCard, Requirement, compare_precisions, evaluate
     from compress_uq.runtime import OnnxPredictor
     from compress_uq.search import Budget, SearchResult, search_sparsity
     from compress_uq.steps import calibrate, finetune, fit_uncertainty, prepare_uncertainty
@@ -75,6 +75,7 @@ _HOME = {
     "calibrate": "steps",
     "catalogue": "listing",
     "choose_scores": "choosing",
+    "compare_precisions": "report",
     "compress": "pipeline",
     "configure_method": "inputs",
     "decide": "deciding",
@@ -152,6 +153,7 @@ __all__ = [
     "calibration",
     "catalogue",
     "choose_scores",
+    "compare_precisions",
     "compress",
     "configure_method",
     "data",

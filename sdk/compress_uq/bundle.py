@@ -19,11 +19,13 @@ from torch import nn
 from compress_uq._version import __version__
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import Cost
+from compress_uq.data import Splits
 from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.errors import ArtifactError, InputError
 from compress_uq.export import ExportResult, TritonOptions, export_onnx, export_triton
 from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.models import Architecture, versioned
+from compress_uq.progress import ProgressCallback, silent
 from compress_uq.registry import Registry
 from compress_uq.report import ReportCard
 from compress_uq.report.card import markdown
@@ -196,9 +198,23 @@ class Bundle:
         onnx = files.pop("model.onnx")
         return cls(onnx, report, manifest["recipe"], files, manifest["data_fingerprint"], None, uncertain)
 
-    def export_onnx(self, path: str | os.PathLike[str], *, sampling: str = "fixed") -> ExportResult:
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sampling: str = "fixed",
+        precision: str = "fp32",
+        quantization: str = "cpu",
+        input: str = "float32-nchw",
+        resize: tuple[int, int] | None = None,
+        splits: Splits | None = None,
+        progress: ProgressCallback = silent,
+    ) -> ExportResult:
         """Export again; see `compress_uq.export_onnx`."""
-        return export_onnx(self.model, path, sampling=sampling, recipe_hash=recipe_hash(self.recipe))
+        return export_onnx(
+            self.model, path, sampling=sampling, precision=precision, quantization=quantization, input=input,
+            resize=resize, splits=splits, recipe_hash=recipe_hash(self.recipe), progress=progress,
+        )  # fmt: skip
 
     def export_triton(
         self,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +22,7 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("onnxruntime is missing: pip install onnxruntime-gpu (or onnxruntime)") from _error
 
-__all__ = ["OnnxPredictor", "session"]
+__all__ = ["OnnxPredictor", "quantisation_tools", "session", "survives_loading"]
 
 METADATA_PREFIX = "compress_uq."
 
@@ -50,6 +53,17 @@ def session(
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(model, options, providers=wanted)
+
+
+def survives_loading(content: bytes) -> bool:
+    """False where onnxruntime, instead of raising, ends the process that loads a graph; tried in another process."""
+    code = "import sys; from compress_uq.runtime import session; session(sys.stdin.buffer.read())"
+    return subprocess.run([sys.executable, "-c", code], input=content, capture_output=True, check=False).returncode >= 0
+
+
+def quantisation_tools() -> Any:
+    """onnxruntime's quantiser, which needs the package onnx besides."""
+    return importlib.import_module("onnxruntime.quantization")
 
 
 class OnnxPredictor:
@@ -87,7 +101,15 @@ class OnnxPredictor:
             raise ArtifactError(f"{self.path} was not exported by compress-uq: its outputs are {', '.join(names)}")
         self._outputs = names
         self.seeded = [i.name for i in self._session.get_inputs()] == ["images", "seed"]
-        self.input_shape: tuple[int, ...] = tuple(self._session.get_inputs()[0].shape[1:])
+        first = self._session.get_inputs()[0]
+        self.input_shape: tuple[int, ...] = tuple(first.shape[1:])
+        """Of one image as it is fed: (C, H, W), and (H, W, C) for a file that takes pixels."""
+        self.takes_pixels = first.type == "tensor(uint8)"
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image as it is fed."""
+        return (self.input_shape[-1], *self.input_shape[:-1]) if self.takes_pixels else self.input_shape
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -100,10 +122,10 @@ class OnnxPredictor:
         }
 
     def __call__(self, images: np.ndarray, seed: np.ndarray | Sequence[int] | None = None) -> Prediction:
-        """Images (N, C, H, W) float32, normalised, to a `Prediction` of arrays.
+        """Images to a `Prediction` of arrays.
 
         Args:
-            images: (N, C, H, W).
+            images: (N, C, H, W) float32, normalised; for a file exported with `input="uint8-nhwc"` (N, H, W, C) uint8.
             seed: (N,) int64, for a file exported with `sampling="seeded"` and only for it.
 
         Raises:
@@ -112,11 +134,7 @@ class OnnxPredictor:
         array = np.asarray(images)
         if array.ndim != 1 + len(self.input_shape) or array.shape[1:] != self.input_shape:
             raise InputError(f"images of shape {array.shape}: expected (N, {', '.join(map(str, self.input_shape))})")
-        if array.dtype.kind != "f":
-            raise InputError(f"images of dtype {array.dtype}: expected float32, normalised as in `metadata`")
-        if not np.isfinite(array).all():
-            raise InputError("images hold NaN or infinite values")
-        feed = {"images": np.ascontiguousarray(array, dtype=np.float32)}
+        feed = {"images": self._pixels(array) if self.takes_pixels else self._normalised(array)}
         if self.seeded != (seed is not None):
             wanted = "a seed per image: pass seed, int64 of shape (N,)" if self.seeded else "no seed: leave it out"
             raise InputError(f"{self.path.name} takes {wanted}")
@@ -126,6 +144,18 @@ class OnnxPredictor:
                 raise InputError(f"seed of shape {feed['seed'].shape}: expected ({len(array)},), one per image")
         answers = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
         return Prediction(**{name: answers.get(name) for name in Prediction._fields})
+
+    def _pixels(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype != np.uint8:
+            raise InputError(f"images of dtype {array.dtype}: {self.path.name} takes pixels, uint8 from 0 to 255")
+        return np.ascontiguousarray(array)
+
+    def _normalised(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype.kind != "f":
+            raise InputError(f"images of dtype {array.dtype}: expected float32, normalised as in `metadata`")
+        if not np.isfinite(array).all():
+            raise InputError("images hold NaN or infinite values")
+        return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def _refuse_clash(available: Sequence[str]) -> None:

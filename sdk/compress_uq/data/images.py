@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from compress_uq.data.splits import ImageDataset
 from compress_uq.errors import DataError
 
-__all__ = ["ImageTensors", "Normalisation", "batches", "fit_images"]
+__all__ = ["ImageTensors", "Normalisation", "as_pixels", "batches", "fit_images"]
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -68,6 +68,23 @@ def fit_images(pixels: Tensor, shape: Sequence[int]) -> Tensor:
     if images.shape[-2:] != (height, width):
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)
     return images.round().clamp(0, 255).byte()
+
+
+def as_pixels(images: Tensor, normalisation: Normalisation) -> Tensor:
+    """Normalised images (N, C, H, W) as the pixels that they were, (N, H, W, C) uint8.
+
+    Raises:
+        DataError: values that no pixel gives under this normalisation.
+    """
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalisation)
+    pixels = (images * std + mean) * 255
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= -1 and high <= 256):
+        raise DataError(
+            f"the file takes pixels, and the images are from {low:.4g} to {high:.4g} once the normalisation is undone: "
+            "give the splits' own mean and std"
+        )
+    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
 def batches(

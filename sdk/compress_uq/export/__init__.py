@@ -9,6 +9,6 @@ __all__ = ["EXPORTERS", "GATES", "ExportResult", "TritonOptions", "check_graph",
 
 EXPORTERS: Registry[str] = Registry(
     "exporter",
-    Entry("onnx", "one ONNX file at opset 18, float32, samples folded into the batch", "", "onnx"),
+    Entry("onnx", "one ONNX file at opset 18 in fp32, fp16 or int8, samples folded into the batch", "", "onnx"),
     Entry("triton", "a model repository for Triton Inference Server", "", "triton"),
 )

@@ -12,27 +12,17 @@ import numpy as np
 import onnx
 import torch
 
-from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES, Rule
+from compress_uq.decisions import Rule
 from compress_uq.errors import ArtifactError, GateError, InputError
+from compress_uq.export.agreement import DECIDED_ON, LIKENESS, agree, alike
+from compress_uq.export.feeds import extreme_feed, random_feed, torch_answers
+from compress_uq.export.formats import INTEGER_NODES, check_formats
 from compress_uq.export.graph import OPSET
-from compress_uq.registry import Registry
 from compress_uq.runtime import METADATA_PREFIX, session
 from compress_uq.types import DECISION_NAMES, OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel
 
-__all__ = ["GATES", "TOLERANCE", "GateInput", "check_graph"]
-
-TOLERANCE = 1e-4
-"""Largest difference of a probability between two ways of running one graph."""
-
-_IN_UNIT = ("probabilities", "confidence", "variance")
-"""Outputs between 0 and 1, held to the tolerance as it stands; the others to ten times that share of their size."""
-
-_DECIDED_ON: dict[str, tuple[str, Registry[Any]]] = {
-    "accepted": ("uncertainty", ACCEPTANCE_RULES),
-    "prediction_set": ("probabilities", SET_RULES),
-}
-"""What a decision looks at, and where its rule is found."""
+__all__ = ["GATES", "GateInput", "check_graph"]
 
 _ROUNDING = 1e-13
 """Variance that float32 leaves among equal members: the square of a rounding error of a probability."""
@@ -69,10 +59,17 @@ class GateInput:
     """Torch's answers to `feed`; None without a torch model."""
     rules: Mapping[str, Rule]
     """The rules behind the decisions, as the file records them."""
+    recorded: Mapping[str, Any]
+    """The file's metadata."""
 
 
-def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
+def check_graph(content: bytes, model: UncertainModel | None, images: np.ndarray | None = None) -> dict[str, str]:
     """Run every gate on the bytes of a file; what each one found.
+
+    Args:
+        content: the file.
+        model: what it was made from, in float32, for the comparison with torch.
+        images: what to feed, in the file's layout, four or more; by default five random ones.
 
     Raises:
         GateError: the first that fails, by name.
@@ -82,25 +79,25 @@ def check_graph(content: bytes, model: UncertainModel | None) -> dict[str, str]:
         proto = onnx.load_from_string(content)
     except Exception as error:  # protobuf's errors have no common type
         raise ArtifactError(f"not an ONNX file: {str(error).splitlines()[0]}") from error
-    recorded = {p.key.removeprefix(METADATA_PREFIX): p.value for p in proto.metadata_props}
+    recorded = {
+        p.key.removeprefix(METADATA_PREFIX): json.loads(p.value)
+        for p in proto.metadata_props
+        if p.key.startswith(METADATA_PREFIX)
+    }
     if "sampling" not in recorded or "samples" not in recorded:
         raise ArtifactError("the ONNX file was not exported by compress-uq: it does not say how it samples")
-    feed = _feed(proto)
-    expected = None
-    if model is not None:
-        with torch.no_grad():
-            answers = model(*(torch.from_numpy(value) for value in feed.values()))
-        expected = [field.numpy() for field in answers if field is not None]
+    feed = random_feed(proto, images)
     given = GateInput(
         proto,
         content,
         feed,
         _runner(content, True),
         _runner(content, False),
-        json.loads(recorded["samples"]),
-        json.loads(recorded["sampling"]) != "random",
-        expected,
-        _recorded_rules(json.loads(recorded.get("thresholds", "{}")), proto),
+        recorded["samples"],
+        recorded["sampling"] != "random",
+        None if model is None else torch_answers(model, feed, recorded["input"]),
+        _recorded_rules(recorded.get("thresholds", {}), proto),
+        recorded,
     )
     return {name: gate(given) for name, gate in GATES.items()}
 
@@ -110,21 +107,11 @@ def _recorded_rules(thresholds: Mapping[str, Any], proto: onnx.ModelProto) -> di
     decided = [output.name for output in proto.graph.output if output.name in DECISION_NAMES]
     try:
         return {
-            name: _DECIDED_ON[name][1][found["rule"]](found["options"], threshold=torch.tensor(found["threshold"]))
+            name: DECIDED_ON[name][1][found["rule"]](found["options"], threshold=torch.tensor(found["threshold"]))
             for name, found in ((name, thresholds[name]) for name in decided)
         }
     except (KeyError, TypeError, InputError) as error:
         raise ArtifactError(f"the ONNX file does not say how it decides: {error}") from error
-
-
-def _feed(proto: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Five random images, and seeds where the graph takes them."""
-    random = np.random.default_rng(1)
-    shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim[1:]]
-    feed: dict[str, np.ndarray] = {"images": random.normal(size=(5, *shape)).astype(np.float32)}
-    if len(proto.graph.input) > 1:
-        feed["seed"] = random.integers(-(2**62), 2**62, 5)
-    return feed
 
 
 def _runner(content: bytes, optimise: bool) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
@@ -137,12 +124,14 @@ def _runner(content: bytes, optimise: bool) -> Callable[[Mapping[str, np.ndarray
 
 def _operators(given: GateInput) -> str:
     """Opset 18, one domain, no control flow, no operator that a GPU runtime lacks, nothing random unless asked."""
-    opsets = {item.domain: item.version for item in given.proto.opset_import}
-    if opsets != {"": OPSET}:
+    opsets = [(item.domain, item.version) for item in given.proto.opset_import]
+    if opsets != [("", OPSET)]:
         raise GateError(f"gate 'operators': opsets are {opsets}, expected only the default domain at {OPSET}")
     if given.proto.functions:
         raise GateError(f"gate 'operators': the graph holds {len(given.proto.functions)} functions, expected none")
     allowed = _PORTABLE if given.deterministic else _PORTABLE | _RANDOM
+    if given.recorded.get("quantization"):
+        allowed |= INTEGER_NODES
     foreign = sorted({node.op_type for node in given.proto.graph.node} - allowed)
     if foreign:
         raise GateError(f"gate 'operators': {', '.join(foreign)} cannot run on every GPU runtime, or is random")
@@ -176,14 +165,14 @@ def _optimisation(given: GateInput) -> str:
     """The optimiser changes no answer."""
     if not given.deterministic:
         return "not compared: each call draws anew"
-    return _agree("optimisation", given, given.optimised(given.feed), given.plain(given.feed))
+    return _compared("optimisation", given, given.optimised(given.feed), given.plain(given.feed))
 
 
 def _parity(given: GateInput) -> str:
-    """onnxruntime answers as torch does with the same masks."""
+    """onnxruntime answers as torch does in float32 with the same masks."""
     if not given.deterministic or given.expected is None:
         return "not compared: " + ("each call draws anew" if not given.deterministic else "no torch model at hand")
-    return _agree("parity", given, given.optimised(given.feed), given.expected)
+    return _compared("parity", given, given.optimised(given.feed), given.expected)
 
 
 def _batch(given: GateInput) -> str:
@@ -192,9 +181,9 @@ def _batch(given: GateInput) -> str:
         return "not compared: each call draws anew"
     whole = given.optimised(given.feed)
     turned = given.optimised({name: value[::-1].copy() for name, value in given.feed.items()})
-    _agree("batch", given, [field[::-1] for field in turned], whole)
+    agree("batch", _named(given, [field[::-1] for field in turned]), _named(given, whole), given.rules)
     alone = given.optimised({name: value[3:4] for name, value in given.feed.items()})
-    return _agree("batch", given, alone, [field[3:4] for field in whole])
+    return agree("batch", _named(given, alone), _named(given, [field[3:4] for field in whole]), given.rules)
 
 
 def _members(given: GateInput) -> str:
@@ -215,47 +204,38 @@ def _members(given: GateInput) -> str:
     return f"variance {got:.3g}"
 
 
-def _agree(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
-    worst = 0.0
-    names = [output.name for output in given.proto.graph.output]
-    for name, a, b in zip(names, got, wanted, strict=True):
-        if name == "label":
-            clear = _margin(wanted[0]) > 2 * TOLERANCE
-            if (a != b)[clear].any():
-                raise GateError(f"gate {gate!r}: labels differ")
-            continue
-        if name in DECISION_NAMES:
-            if (a != b)[_clear(given.rules[name], name, got, wanted)].any():
-                raise GateError(f"gate {gate!r}: {name} differs where nothing is near the threshold")
-            continue
-        difference = float(np.abs(a.astype(np.float64) - b).max())
-        allowed = TOLERANCE * (1 if name in _IN_UNIT else 10 * max(1.0, float(np.abs(b).max())))
-        if not difference <= allowed:
-            raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {allowed:.3g}")
-        worst = max(worst, difference)
-    return f"largest difference {worst:.2g}"
+def _finite(given: GateInput) -> str:
+    """No answer is NaN or infinite, for the darkest and brightest images as well."""
+    for feed in (given.feed, extreme_feed(given.proto)):
+        for run in (given.optimised, given.plain):
+            for output, values in zip(given.proto.graph.output, run(feed), strict=True):
+                if not np.isfinite(values).all():
+                    raise GateError(f"gate 'finite': {output.name} holds NaN or infinite values")
+    return "every output"
 
 
-def _clear(rule: Rule, name: str, got: list[np.ndarray], wanted: list[np.ndarray]) -> np.ndarray:
-    """Where a decision does not hang on rounding: either side's values, and a threshold slightly higher or lower,
-    decide alike."""
-    place = OUTPUT_NAMES.index(_DECIDED_ON[name][0])
-    a, b = (torch.from_numpy(np.ascontiguousarray(side[place])) for side in (got, wanted))
-    shift = 10 * TOLERANCE * max(1.0, float(b.abs().max()))
-    low, high = (type(rule)(rule.options, threshold=rule.threshold + sign * shift)(b) for sign in (-1, 1))
-    clear: np.ndarray = ((low == high) & (rule(a) == rule(b))).numpy()
-    return clear
+def _precision(given: GateInput) -> str:
+    """The members are computed in the numbers that the file names, and what follows their logits in float32."""
+    return check_formats(given.proto, given.recorded)
 
 
-def _margin(probabilities: np.ndarray) -> Any:
-    ordered = np.sort(probabilities, axis=1)
-    return ordered[:, -1] - ordered[:, -2]
+def _named(given: GateInput, answers: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {output.name: answer for output, answer in zip(given.proto.graph.output, answers, strict=True)}
+
+
+def _compared(gate: str, given: GateInput, got: list[np.ndarray], wanted: list[np.ndarray]) -> str:
+    """As near as the file's precision lets two ways of computing it come."""
+    likeness = LIKENESS.get(given.recorded.get("precision", "fp32"))
+    first, second = _named(given, got), _named(given, wanted)
+    return agree(gate, first, second, given.rules) if likeness is None else alike(gate, first, second, likeness)
 
 
 GATES: dict[str, Callable[[GateInput], str]] = {
     "operators": _operators,
     "signature": _signature,
     "one file": _one_file,
+    "precision": _precision,
+    "finite": _finite,
     "optimisation": _optimisation,
     "parity": _parity,
     "batch": _batch,

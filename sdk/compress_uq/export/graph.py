@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -21,26 +21,27 @@ from torch import Tensor, nn
 from compress_uq._version import __version__
 from compress_uq.cost import count_macs
 from compress_uq.errors import ArtifactError, GateError
+from compress_uq.export.layouts import FloatImages, Layout
 from compress_uq.fitted import Fitted
 from compress_uq.runtime import METADATA_PREFIX
 from compress_uq.types import DECISION_NAMES, OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel
 
-__all__ = ["OPSET", "describe", "example_inputs", "to_graph"]
+__all__ = ["OPSET", "add_metadata", "describe", "example_inputs", "output_names", "to_graph", "trace"]
 
 OPSET = 18
 _LIMIT = 2_000_000_000
 
 
 class _Exported(nn.Module):
-    """The model with its outputs as a plain tuple."""
+    """The model with its outputs as a plain tuple, fed in the file's layout."""
 
-    def __init__(self, model: UncertainModel) -> None:
+    def __init__(self, model: UncertainModel, layout: Layout) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.layout = model, layout
 
     def forward(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
-        return tuple(field for field in self.model(images, seed) if field is not None)
+        return tuple(field for field in self.model(self.layout(images), seed) if field is not None)
 
 
 def example_inputs(model: UncertainModel, images: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -55,30 +56,44 @@ def example_inputs(model: UncertainModel, images: int, seed: int = 0) -> tuple[T
     return batch, torch.randint(-(2**62), 2**62, (images,), generator=generator)
 
 
-def to_graph(model: UncertainModel, described: Mapping[str, Any]) -> onnx.ModelProto:
+def to_graph(model: UncertainModel, described: Mapping[str, Any], layout: Layout | None = None) -> onnx.ModelProto:
     """The ONNX graph of a model, free of anything that tells where it was made.
 
     Raises:
         ArtifactError: it would exceed the 2 GB of a single file.
     """
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    layout = layout or FloatImages()
+    images, *seed = example_inputs(model, 2)
+    inputs = dict(zip(("images", "seed"), (layout.like(images), *seed), strict=False))
+    proto = trace(_Exported(model, layout), inputs, output_names(model))
+    add_metadata(proto, described)
+    return proto
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], batch: int = 0) -> onnx.ModelProto:
+    """The graph of a module whose inputs all have the images along the axis `batch`; it names no source file.
+
+    Raises:
+        ArtifactError: it would exceed the 2 GB of a single file.
+        GateError: torch cannot export the module.
+    """
+    size = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     if size > _LIMIT:
         raise ArtifactError(f"the model holds {size / 1e9:.1f} GB: one ONNX file holds under 2 GB; prune more")
-    inputs = example_inputs(model, 2)
-    batch = torch.export.Dim("N")
-    shapes: tuple[Any, ...] = tuple({0: batch} for _ in inputs)
+    axis = torch.export.Dim("N")
+    shapes: tuple[Any, ...] = tuple({batch: axis} for _ in inputs)
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                _Exported(model).eval(),
-                inputs,
+                module.eval(),
+                tuple(inputs.values()),
                 dynamo=True,
                 opset_version=OPSET,
                 external_data=False,
                 dynamic_shapes=shapes,
-                input_names=["images", "seed"][: len(inputs)],
-                output_names=output_names(model),
+                input_names=list(inputs),
+                output_names=list(outputs),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
@@ -87,10 +102,14 @@ def to_graph(model: UncertainModel, described: Mapping[str, Any]) -> onnx.ModelP
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     _strip(proto)
+    return proto
+
+
+def add_metadata(proto: onnx.ModelProto, described: Mapping[str, Any]) -> None:
+    """Write what the file says of itself into it."""
     for key, value in described.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = METADATA_PREFIX + key, json.dumps(value)
-    return proto
 
 
 def output_names(model: UncertainModel) -> list[str]:
@@ -99,14 +118,18 @@ def output_names(model: UncertainModel) -> list[str]:
     return [*OUTPUT_NAMES, *(name for name, rule in rules if rule is not None)]
 
 
-def describe(model: UncertainModel, recipe_hash: str | None) -> dict[str, Any]:
+def describe(
+    model: UncertainModel, recipe_hash: str | None, layout: Layout | None = None, precision: str = "fp32"
+) -> dict[str, Any]:
     """What the file says of itself; plain values."""
+    layout = layout or FloatImages()
     origin = model.origin
     method = model.method
     return {
         "format_version": 1,
         "labels": origin.labels,
-        "input": {"shape": origin.input_shape, "mean": origin.mean, "std": origin.std, "layout": "NCHW float32"},
+        "input": {"shape": origin.input_shape, "mean": origin.mean, "std": origin.std, **layout.described()},
+        "precision": precision,
         "method": method.name,
         "method_options": vars(method),
         "method_found": dict(model.members.found),

@@ -5,15 +5,18 @@ from compress_uq.report.changes import class_changes, lost_classes
 from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
+from compress_uq.report.precision import PrecisionCard, compare_precisions
 
 __all__ = [
     "DECISIONS",
     "Cost",
     "Evaluation",
+    "PrecisionCard",
     "ReportCard",
     "Requirement",
     "broken",
     "class_changes",
+    "compare_precisions",
     "evaluate",
     "layer_pages",
     "lost_classes",
