@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from compress_uq.metrics import Figure
+from compress_uq.metrics import Figure, mean_set_size, set_coverage
 from compress_uq.types import Prediction
 
 __all__ = ["DECISIONS", "broken", "decision_figures", "guarantees", "wilson"]
@@ -40,8 +40,8 @@ def decision_figures(prediction: Prediction, labels: np.ndarray) -> dict[str, Fi
         sets = np.asarray(prediction.prediction_set)
         sizes = sets.sum(1)
         half = 1.96 * float(sizes.std()) / float(np.sqrt(count))
-        mean = float(sizes.mean())
-        figures["set_coverage"] = wilson(float(sets[np.arange(count), labels].mean()), count)
+        mean = mean_set_size(sets)
+        figures["set_coverage"] = wilson(set_coverage(sets, labels), count)
         figures["set_size"] = Figure(mean, mean - half, mean + half)
         figures["set_singletons"] = wilson(float((sizes == 1).mean()), count)
         figures["set_empty"] = wilson(float((sizes == 0).mean()), count)
