@@ -28,8 +28,8 @@ LAYERS = [
     {"choosing", "deciding"},
     {"shrinking", "held_out", "finishing", "export"},
     {"search", "compression"},
-    {"layer_sensitivity"},
-    {"bundle", "listing", "inputs"},
+    {"layer_sensitivity", "planning"},
+    {"bundle", "listing", "inputs", "recipe"},
     {"verification", "pipeline"},
     {"study", "recalibration"},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,78 +13,110 @@ import typer
 import compress_uq as cuq
 from compress_uq_cli import options as o
 from compress_uq_cli.console import console, note, print_json, progress, show_table
+from compress_uq_cli.groups import InputOptions, TrainingOptions, grouped
 
 __all__ = ["prune", "show_card"]
 
 
-def prune(
-    model: Annotated[Path, typer.Argument(help="Checkpoint, state dict (with --arch) or, unsafely, a pickled model.")],
+@dataclass(frozen=True)
+class _Removal:
+    """What is removed."""
+
     sparsity: Annotated[
         str | None,
         typer.Option(help="Share of each layer's channels to remove, above 0 and below 1; or PATTERN=SHARE,..."),
-    ] = None,
+    ] = None
     target: Annotated[
         str | None, typer.Option(help="What may be kept of the dense model: macs=, params= or latency= a share.")
-    ] = None,
+    ] = None
     budget: Annotated[
         list[str] | None,
         typer.Option(help="In place of a size: a bound such as 'accuracy_drop<=0.01', on held-out images; repeatable."),
-    ] = None,
-    criterion: Annotated[str, typer.Option(help="Which channels go; see `methods`.")] = "l1",
-    criterion_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the criterion; repeatable.")] = None,
-    scope: Annotated[
-        str, typer.Option(help="layer: the same share everywhere; global: the least of all layers.")
-    ] = "layer",
+    ] = None
+    criterion: Annotated[str, typer.Option(help="Which channels go; see `methods`.")] = "l1"
+    criterion_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the criterion; repeatable.")] = None
+    scope: Annotated[str, typer.Option(help="layer: the same share everywhere; global: the least of all layers.")] = (
+        "layer"
+    )
     keep: Annotated[
         list[str] | None, typer.Option(help="Layers that lose nothing: a name, pattern or type; repeatable.")
-    ] = None,
-    schedule: Annotated[str, typer.Option(help="one-shot, iterative or lottery.")] = "one-shot",
-    schedule_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the schedule; repeatable.")] = None,
+    ] = None
+    schedule: Annotated[str, typer.Option(help="one-shot, iterative or lottery.")] = "one-shot"
+    schedule_option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for the schedule; repeatable.")] = None
     initial: Annotated[
         Path | None, typer.Option(help="The model before its training, for lottery; else drawn from a recorded seed.")
-    ] = None,
-    round_to: Annotated[int, typer.Option(help="Channels kept are a multiple of this.")] = 8,
-    uq: Annotated[str, typer.Option(help="Uncertainty method; see `methods`.")] = "mc-dropout",
-    uq_option: o.UqOption = None,
+    ] = None
+    round_to: Annotated[int, typer.Option(help="Channels kept are a multiple of this.")] = 8
+
+    def configured(self, checkpoint: Any) -> dict[str, Any]:
+        """As `compress` takes it."""
+        schedule = cuq.pruning.configured_schedule(self.schedule, o.pairs(self.schedule_option, "--schedule-option"))
+        return {
+            "sparsity": self.sparsity,
+            "target": self.target,
+            "budget": self.budget or (),
+            "criterion": cuq.pruning.configured_criterion(
+                self.criterion, o.pairs(self.criterion_option, "--criterion-option")
+            ),
+            "scope": self.scope,
+            "round_to": self.round_to,
+            "keep": tuple(self.keep or ()),
+            "schedule": schedule,
+            "initial": cuq.initial_model(self.initial, checkpoint, schedule),
+        }
+
+
+@dataclass(frozen=True)
+class _Uncertainty:
+    """The uncertainty method."""
+
+    uq: Annotated[str, typer.Option(help="Uncertainty method; see `methods`.")] = "mc-dropout"
+    uq_option: o.UqOption = None
     samples: Annotated[
         int | None, typer.Option(help="Members per prediction, at least 1; of an ensemble at least 2.")
-    ] = None,
+    ] = None
     sampling_budget: Annotated[
         float | None, typer.Option(help="What all members may cost, as a share of one dense pass in MACs.")
-    ] = None,
-    dropout: o.Dropout = None,
-    dropout_at: o.DropoutAt = None,
+    ] = None
+    dropout: o.Dropout = None
+    dropout_at: o.DropoutAt = None
     dropout_kind: Annotated[
         str | None, typer.Option(help="What is dropped: auto, channel, element, filter or connection.")
-    ] = None,
-    calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature",
-    score: Annotated[str, typer.Option(help="Behind the uncertainty: a score's name; see `methods`.")] = "confidence",
+    ] = None
+
+    def method(self, seed: int | None) -> Any:
+        """The configured method."""
+        given = {name: value for name, value in vars(self).items() if name not in ("uq", "uq_option")}
+        return o.method(self.uq, o.given(**given, seed=seed), o.pairs(self.uq_option, "--uq-option"))
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a prediction says besides the probabilities."""
+
+    calibration: Annotated[str, typer.Option(help="Calibrator, or auto; see `methods`.")] = "temperature"
+    score: Annotated[str, typer.Option(help="Behind the uncertainty: a score's name; see `methods`.")] = "confidence"
     ood_score: Annotated[
         str, typer.Option(help="Behind the OOD score: a score's name, or auto: chosen on --validation-ood.")
-    ] = "entropy",
+    ] = "entropy"
     risk: Annotated[
         float | None, typer.Option(help="Accept answers so that at most this share of them is wrong, certified.")
-    ] = None,
-    risk_delta: Annotated[float, typer.Option(help="Probability that the risk is exceeded after all.")] = 0.05,
+    ] = None
+    risk_delta: Annotated[float, typer.Option(help="Probability that the risk is exceeded after all.")] = 0.05
     coverage: Annotated[
         float | None, typer.Option(help="Name sets of classes that hold the truth with this probability.")
-    ] = None,
-    sets: Annotated[str, typer.Option(help="How the sets are made: lac or raps.")] = "lac",
-    epochs: o.Epochs = None,
-    lr: o.LearningRate = None,
-    batch_size: o.BatchSize = None,
-    augment: o.Augment = None,
-    class_weights: o.ClassWeights = None,
-    workers: o.Workers = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
-    arch: o.Arch = None,
-    arch_option: o.ArchOption = None,
-    num_classes: o.NumClasses = None,
-    data: o.Data = None,
-    data_root: o.DataRoot = Path("data"),
-    mean: o.Mean = None,
-    std: o.Std = None,
+    ] = None
+    sets: Annotated[str, typer.Option(help="How the sets are made: lac or raps.")] = "lac"
+
+
+@grouped
+def prune(
+    model: Annotated[Path, typer.Argument(help="Checkpoint, state dict (with --arch) or, unsafely, a pickled model.")],
+    removal: _Removal,
+    uncertainty: _Uncertainty,
+    answers: _Answers,
+    trained: TrainingOptions,
+    inputs: InputOptions,
     ood: o.Ood = None,
     validation_ood: o.ValidationOod = None,
     out: Annotated[Path | None, typer.Option(help="The bundle; by default the model's stem with -compressed.")] = None,
@@ -106,68 +139,19 @@ def prune(
     destination = out or Path(f"{model.stem}-compressed")
     requirements = [cuq.Requirement.parse(text) for text in require or ()]
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite or dry_run)
-    method = o.method(
-        uq,
-        o.given(
-            samples=samples,
-            sampling_budget=sampling_budget,
-            dropout=dropout,
-            dropout_at=dropout_at,
-            dropout_kind=dropout_kind,
-            seed=seed,
-        ),
-        o.pairs(uq_option, "--uq-option"),
-    )
-    training = cuq.TrainingConfig(
-        **o.given(
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            augment=augment,
-            class_weights=o.class_weights(class_weights),
-            workers=workers,
-            seed=seed,
-            device=device,
-        )
-    )
-    opened = cuq.open_model_and_data(
-        model,
-        arch=arch,
-        options=o.arch_options(arch_option),
-        num_classes=num_classes,
-        data=data,
-        root=data_root,
-        mean=o.numbers(mean, "--mean"),
-        std=o.numbers(std, "--std"),
-        ood=ood or (),
-        validation_ood=validation_ood or (),
-        unsafe=unsafe_load,
-    )
-    planned = cuq.pruning.configured_schedule(schedule, o.pairs(schedule_option, "--schedule-option"))
-    what: dict[str, Any] = {
-        "sparsity": sparsity,
-        "target": target,
-        "criterion": cuq.pruning.configured_criterion(criterion, o.pairs(criterion_option, "--criterion-option")),
-        "scope": scope,
-        "round_to": round_to,
-        "keep": tuple(keep or ()),
-        "schedule": planned,
-        "initial": cuq.initial_model(initial, opened.checkpoint, planned),
-        "uq": method,
-        "calibration": calibration,
-        "score": score,
-        "ood_score": ood_score,
-        "risk": risk,
-        "risk_delta": risk_delta,
-        "coverage": coverage,
-        "sets": sets,
-    }
+    method = uncertainty.method(trained.seed)
+    training = trained.config()
+    opened = inputs.open(model, unsafe=unsafe_load, ood=ood or (), validation_ood=validation_ood or ())
     models = list(opened.checkpoint.models)
+    what: dict[str, Any] = {
+        **removal.configured(opened.checkpoint),
+        **vars(answers),
+        "uq": method,
+        "training": training,
+    }
     with progress() as callback:
-        plan = cuq.plan_compression(
-            models, opened.splits, training=training, budget=budget or (), progress=callback, **what
-        )
-    _show_plan(plan, training, opened.splits)
+        plan = cuq.plan_compression(models, opened.splits, progress=callback, **what)
+    _show_plan(plan, opened.splits)
     if dry_run:
         return
     work_dir = destination.parent / f".{destination.name}.training" if resume else None
@@ -177,7 +161,6 @@ def prune(
         bundle = cuq.compress(
             models,
             opened.splits,
-            training=training,
             arch=opened.checkpoint.architecture,
             control=control,
             plan=plan,
@@ -188,10 +171,15 @@ def prune(
         bundle.save(destination, overwrite=overwrite)
     if work_dir is not None:
         shutil.rmtree(work_dir)
-    show_card(bundle.report.to_json())
+    _show_result(bundle, destination, requirements, json=json)
+
+
+def _show_result(bundle: cuq.Bundle, destination: Path, requirements: Sequence[cuq.Requirement], *, json: bool) -> None:
+    report = bundle.report.to_json()
+    show_card(report)
     note(f"The bundle is in {destination}/: model.onnx, report.html and the rest.")
     if json:
-        print_json(bundle.report.to_json())
+        print_json(report)
     unmet = bundle.card.unmet(requirements) if bundle.card is not None else []
     if unmet:
         raise cuq.errors.RequirementNotMetError(
@@ -225,9 +213,9 @@ def _beside_target(pruned: cuq.pruning.PruneResult) -> str:
     return "" if pruned.target is None else f", {pruned.target.reached:.4f} reached of target {pruned.target.target}"
 
 
-def _show_plan(plan: cuq.pipeline.CompressionPlan, training: cuq.TrainingConfig, splits: cuq.Splits) -> None:
+def _show_plan(plan: cuq.CompressionPlan, splits: cuq.Splits) -> None:
     before, after = plan.pruned.before, plan.pruned.after
-    described = plan.uncertainty
+    described, training = plan.uncertainty, plan.training
     rows = [
         ["parameters", f"{before.parameters:,} -> {after.parameters:,}"],
         ["MACs of one pass", f"{before.macs:,} -> {after.macs:,} ({after.macs / before.macs:.2f})"],

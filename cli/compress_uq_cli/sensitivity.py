@@ -10,12 +10,15 @@ import typer
 import compress_uq as cuq
 from compress_uq_cli import options as o
 from compress_uq_cli.console import note, print_json, progress, show_table
+from compress_uq_cli.groups import InputOptions, grouped
 
 __all__ = ["sensitivity"]
 
 
+@grouped
 def sensitivity(
     model: Annotated[Path, typer.Argument(help="Checkpoint, state dict (with --arch) or, unsafely, a pickled model.")],
+    *,
     ratios: Annotated[
         str, typer.Option(help="Shares of a layer's channels to remove, comma-separated.")
     ] = "0.25,0.5,0.75",
@@ -28,13 +31,7 @@ def sensitivity(
     workers: o.Workers = None,
     seed: o.Seed = None,
     device: o.Device = None,
-    arch: o.Arch = None,
-    arch_option: o.ArchOption = None,
-    num_classes: o.NumClasses = None,
-    data: o.Data = None,
-    data_root: o.DataRoot = Path("data"),
-    mean: o.Mean = None,
-    std: o.Std = None,
+    inputs: InputOptions,
     out: Annotated[Path | None, typer.Option(help="Folder; by default the model's stem with -sensitivity.")] = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
@@ -43,17 +40,7 @@ def sensitivity(
     """Prune one group of channels at a time and measure it on held-out images, without fine-tuning."""
     destination = out or Path(f"{model.stem}-sensitivity")
     cuq.Bundle.refuse_existing(destination, overwrite=overwrite)
-    opened = cuq.open_model_and_data(
-        model,
-        arch=arch,
-        options=o.arch_options(arch_option),
-        num_classes=num_classes,
-        data=data,
-        root=data_root,
-        mean=o.numbers(mean, "--mean"),
-        std=o.numbers(std, "--std"),
-        unsafe=unsafe_load,
-    )
+    opened = inputs.open(model, unsafe=unsafe_load)
     training = cuq.TrainingConfig(**o.given(batch_size=batch_size, workers=workers, seed=seed, device=device))
     with progress() as callback:
         found = cuq.sensitivity(

@@ -10,10 +10,12 @@ import typer
 import compress_uq as cuq
 from compress_uq_cli import options as o
 from compress_uq_cli.console import note, print_json, progress
+from compress_uq_cli.groups import TrainingOptions, grouped
 
 __all__ = ["train"]
 
 
+@grouped
 def train(
     arch: Annotated[
         str, typer.Option(help="compress-uq:NAME, torchvision:NAME, timm:NAME or package.module:callable.")
@@ -22,21 +24,15 @@ def train(
         str, typer.Option(help="A data set's name, a folder of class folders, or package.module:callable.")
     ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write, such as model.pt.")],
+    *,
     arch_option: o.ArchOption = None,
     uq: Annotated[str, typer.Option(help="Train with this uncertainty method in place; see `methods`.")] = "msp",
     uq_option: o.UqOption = None,
     samples: Annotated[int | None, typer.Option(help="Models of an ensemble, at least 2.")] = None,
     dropout: o.Dropout = None,
     dropout_at: o.DropoutAt = None,
-    epochs: o.Epochs = None,
-    lr: o.LearningRate = None,
-    batch_size: o.BatchSize = None,
+    trained: TrainingOptions,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adam.")] = None,
-    augment: o.Augment = None,
-    class_weights: o.ClassWeights = None,
-    workers: o.Workers = None,
-    seed: o.Seed = None,
-    device: o.Device = None,
     data_root: o.DataRoot = Path("data"),
     mean: o.Mean = None,
     std: o.Std = None,
@@ -51,22 +47,10 @@ def train(
         raise cuq.InputError(f"--out {out}: the folder {out.parent} is not there")
     method = o.method(
         uq,
-        o.given(samples=samples, dropout=dropout, dropout_at=dropout_at, seed=seed),
+        o.given(samples=samples, dropout=dropout, dropout_at=dropout_at, seed=trained.seed),
         o.pairs(uq_option, "--uq-option"),
     )
-    training = cuq.TrainingConfig(
-        **o.given(
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            augment=augment,
-            class_weights=o.class_weights(class_weights),
-            workers=workers,
-            seed=seed,
-            device=device,
-        )
-    )
+    training = trained.config(optimizer=optimizer)
     with progress() as callback:
         results, splits = cuq.train_dense(
             out,

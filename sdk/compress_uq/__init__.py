@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from compress_uq.layer_sensitivity import Sensitivity, sensitivity
     from compress_uq.listing import catalogue
     from compress_uq.models import Architecture, build_model, load_model, read_checkpoint, save_model
-    from compress_uq.pipeline import compress, plan_compression
+    from compress_uq.pipeline import compress
+    from compress_uq.planning import CompressionPlan, plan_compression
     from compress_uq.progress import Progress
     from compress_uq.pruning import mask_weights, prune, remove_masks
     from compress_uq.recalibration import load_new_data, recalibrate
@@ -55,6 +56,7 @@ _HOME = {
     "Budget": "search",
     "Bundle": "bundle",
     "CompressUQError": "errors",
+    "CompressionPlan": "planning",
     "DataInfo": "data",
     "Evaluation": "report",
     "InputError": "errors",
@@ -92,7 +94,7 @@ _HOME = {
     "load_splits": "data",
     "mask_weights": "pruning",
     "open_model_and_data": "inputs",
-    "plan_compression": "pipeline",
+    "plan_compression": "planning",
     "plan_study": "study",
     "prepare_uncertainty": "steps",
     "prune": "pruning",
@@ -131,6 +133,7 @@ __all__ = [
     "Budget",
     "Bundle",
     "CompressUQError",
+    "CompressionPlan",
     "DataInfo",
     "Evaluation",
     "InputError",

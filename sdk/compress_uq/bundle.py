@@ -342,9 +342,13 @@ def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> 
 
 
 def _current(structure: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A structure of format 1 in today's form: one network, a calibrator, and nothing else that was fitted."""
+    """A structure in today's form. Of format 1: one network, a calibrator, and nothing else that was fitted."""
     if structure["format_version"] > 1:
-        return structure
+        members = structure["members"]
+        if members.get("fidelity") is None:
+            return structure
+        found = {**members["found"], "fidelity": members["fidelity"]}
+        return {**structure, "members": {**members, "found": found}}
     fitted = {"calibrator": {"name": structure["calibrator"], "options": {}}}
     return {**structure, "networks": [structure["network"]], **dict.fromkeys(_PARTS), **fitted}
 

@@ -58,7 +58,7 @@ class Compression:
         """The dense models as they were given."""
         return as_given(self.models, self.origin.of_data(self.splits))
 
-    def dense_calibrated(self, compressed: Compressed | None = None) -> UncertainModel:
+    def dense_calibrated(self, compressed: Compressed) -> UncertainModel:
         """The same, calibrated on the same images as the compressed model, and by the calibrator that it has."""
         only_calibrated = AnswerConfig(calibration=self._alike(compressed).calibration)
         done = finish_model(
@@ -93,9 +93,9 @@ class Compression:
         )  # fmt: skip
         return self._noted(done), seconds_of(*tuned)
 
-    def _alike(self, compressed: Compressed | None) -> AnswerConfig:
+    def _alike(self, compressed: Compressed) -> AnswerConfig:
         """What to ask of a model that is compared with the compressed one: the same, also where that was chosen."""
-        if compressed is None or self.answers.calibration != AUTO:
+        if self.answers.calibration != AUTO:
             return self.answers
         return replace(self.answers, calibration=compressed.model.calibrator.name)
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from compress_uq.errors import InputError, UnknownNameError
+from compress_uq.fitted import Plain
 
-__all__ = ["AnswerConfig", "TrainingConfig", "configured", "from_toml", "to_toml"]
+__all__ = ["AnswerConfig", "Guarantees", "TrainingConfig", "configured", "from_toml", "to_toml"]
 
 T = TypeVar("T")
 
@@ -63,6 +64,27 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class Guarantees:
+    """What decision rules are to promise."""
+
+    risk: float | None = None
+    """Largest share of wrong answers among the accepted ones; None accepts nothing and refuses nothing."""
+    coverage: float | None = None
+    """How often the truth is in the prediction set at least; None names no sets."""
+    delta: float = 0.05
+    """Probability that the risk is exceeded after all."""
+    sets: str = "lac"
+    """How prediction sets are made: `lac` or `raps`."""
+    options: Mapping[str, Plain] | None = None
+    """Of the set rule, such as `{"penalty": 0.1, "free": 3}` for `raps`."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The parts of a model that they need: `acceptance`, `sets`, or both."""
+        return tuple(part for part, value in (("acceptance", self.risk), ("sets", self.coverage)) if value is not None)
+
+
+@dataclass(frozen=True)
 class AnswerConfig:
     """What a prediction says besides the probabilities as the members give them."""
 
@@ -82,9 +104,14 @@ class AnswerConfig:
     """How prediction sets are made: `lac` or `raps`."""
 
     @property
+    def guarantees(self) -> Guarantees:
+        """What the decision rules are to promise."""
+        return Guarantees(risk=self.risk, coverage=self.coverage, delta=self.risk_delta, sets=self.sets)
+
+    @property
     def rules(self) -> int:
         """How many decision rules are asked for."""
-        return (self.risk is not None) + (self.coverage is not None)
+        return len(self.guarantees.asked)
 
 
 def _check(name: str, value: object, holds: bool, expected: str) -> None:

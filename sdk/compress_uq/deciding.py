@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,19 @@ import numpy as np
 import torch
 
 from compress_uq.calibration import CALIBRATORS
+from compress_uq.config import Guarantees
 from compress_uq.cost import on_device
 from compress_uq.data import Splits, divide
-from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES, check_coverage, check_risk, conformal_rank, smallest_risk
+from compress_uq.decisions import (
+    ACCEPTANCE_RULES,
+    SET_RULES,
+    AcceptanceRule,
+    SetRule,
+    check_coverage,
+    check_risk,
+    conformal_rank,
+    smallest_risk,
+)
 from compress_uq.errors import CalibrationError, DecisionError
 from compress_uq.fitted import Plain
 from compress_uq.predict import collect, collect_predictions
@@ -21,7 +31,7 @@ from compress_uq.training import resolve_device
 from compress_uq.types import Prediction
 from compress_uq.uncertain import UncertainModel, summarise
 
-__all__ = ["check_decisions", "decide", "fit_rules"]
+__all__ = ["check_decisions", "decide", "fit_rules", "promised"]
 
 _CROSSED = (
     "the calibration split, cross-fitted: each half's probabilities come from a calibrator fitted on the other half, "
@@ -60,10 +70,8 @@ def decide(
         DecisionError: nothing was asked for, or something that these images cannot certify; names what they can.
         DataError: there are no held-out images.
     """
-    decided, errors = fit_rules(
-        model, splits, risk=risk, coverage=coverage, delta=delta, sets=sets, options=options, device=device,
-        progress=progress,
-    )  # fmt: skip
+    asked = Guarantees(risk=risk, coverage=coverage, delta=delta, sets=sets, options=options)
+    decided, errors = fit_rules(model, splits, asked, device=device, progress=progress)
     if errors:
         raise errors[0]
     return decided
@@ -72,12 +80,8 @@ def decide(
 def fit_rules(
     model: UncertainModel,
     splits: Splits,
+    guarantees: Guarantees,
     *,
-    risk: float | None = None,
-    coverage: float | None = None,
-    delta: float = 0.05,
-    sets: str = "lac",
-    options: Mapping[str, Plain] | None = None,
     device: str = "cpu",
     progress: ProgressCallback = silent,
 ) -> tuple[UncertainModel, list[DecisionError]]:
@@ -87,26 +91,17 @@ def fit_rules(
         DecisionError: nothing was asked for, or what no images could certify.
         DataError: there are no held-out images.
     """
-    if risk is None and coverage is None:
+    asked = guarantees.asked
+    if not asked:
         raise DecisionError("neither risk nor coverage was given: expected one of them, such as risk=0.05")
-    check_decisions(risk, coverage, delta, sets, splits=None)
-    rule = SET_RULES[sets]
+    check_decisions(guarantees, splits=None)
     held_out = _held_out(model, splits, device=device, progress=progress)
-    asked = [name for name, value in (("acceptance", risk), ("sets", coverage)) if value is not None]
-    parts = dict(zip(asked, held_out.parts(len(asked)), strict=True))
     fitted: dict[str, Any] = {}
     record = dict(model.record)
     errors: list[DecisionError] = []
-    for name, part in parts.items():
-        probabilities, labels = part.prediction.probabilities, part.labels
+    for name, part in zip(asked, held_out.parts(len(asked)), strict=True):
         try:
-            if name == "acceptance":
-                assert risk is not None
-                wrong = part.prediction.label != labels
-                fitted[name] = ACCEPTANCE_RULES["sgr"].fit(part.prediction.uncertainty, wrong, risk=risk, delta=delta)
-            else:
-                assert coverage is not None
-                fitted[name] = rule.fit(probabilities, labels, coverage=coverage, options=options)
+            fitted[name] = _FITS[name](part, guarantees)
         except DecisionError as error:
             errors.append(error)
         else:
@@ -114,9 +109,18 @@ def fit_rules(
     return model.but(**fitted, record=record), errors
 
 
-def check_decisions(
-    risk: float | None, coverage: float | None, delta: float, sets: str, *, splits: Splits | None
-) -> None:
+def promised(model: UncertainModel) -> Guarantees:
+    """What a model's rules promise, so that others can be asked for the same."""
+    asked: dict[str, Any] = {}
+    if model.acceptance is not None:
+        asked |= {name: model.acceptance.options[name] for name in ("risk", "delta")}
+    if model.sets is not None:
+        options = {name: value for name, value in model.sets.options.items() if name not in ("coverage", "images")}
+        asked |= {"coverage": model.sets.options["coverage"], "sets": model.sets.name, "options": options or None}
+    return Guarantees(**asked)
+
+
+def check_decisions(guarantees: Guarantees, *, splits: Splits | None) -> None:
     """Refuse, before any work, what could not be certified even if every answer were right; None checks values alone.
 
     Raises:
@@ -124,16 +128,16 @@ def check_decisions(
         UnknownNameError: no such set rule.
         DataError: there are no held-out images.
     """
-    SET_RULES[sets]
-    asked = (risk is not None) + (coverage is not None)
+    SET_RULES[guarantees.sets]
+    risk, coverage, delta = guarantees.risk, guarantees.coverage, guarantees.delta
     if risk is not None:
         check_risk(risk, delta)
     if coverage is not None:
         check_coverage(coverage)
-    if splits is None or asked == 0:
+    if splits is None or not guarantees.asked:
         return
     dataset = splits.decision if splits.decision is not None else splits.require("calibration", "a decision rule")
-    images = len(dataset) // asked  # type: ignore[arg-type]
+    images = len(dataset) // len(guarantees.asked)  # type: ignore[arg-type]
     if coverage is not None:
         conformal_rank(images, coverage)
     if risk is not None and smallest_risk(images, delta) > risk:
@@ -167,6 +171,25 @@ class _HeldOut:
             )
             for number, half in enumerate(self.halves, start=1)
         ]
+
+
+def _fit_acceptance(part: _HeldOut, guarantees: Guarantees) -> AcceptanceRule:
+    assert guarantees.risk is not None
+    wrong = part.prediction.label != part.labels
+    return ACCEPTANCE_RULES["sgr"].fit(part.prediction.uncertainty, wrong, risk=guarantees.risk, delta=guarantees.delta)
+
+
+def _fit_sets(part: _HeldOut, guarantees: Guarantees) -> SetRule:
+    assert guarantees.coverage is not None
+    return SET_RULES[guarantees.sets].fit(
+        part.prediction.probabilities, part.labels, coverage=guarantees.coverage, options=guarantees.options
+    )
+
+
+_FITS: Mapping[str, Callable[[_HeldOut, Guarantees], AcceptanceRule | SetRule]] = {
+    "acceptance": _fit_acceptance,
+    "sets": _fit_sets,
+}
 
 
 def _held_out(model: UncertainModel, splits: Splits, *, device: str, progress: ProgressCallback) -> _HeldOut:

@@ -50,7 +50,7 @@ def check_answers(answers: AnswerConfig, splits: Splits | None) -> None:
         splits.require("calibration", f"calibration {answers.calibration!r}")
     check_scores(answers.score, answers.ood_score, splits)
     after = None if splits is None else set_aside(splits, rules=answers.rules)
-    check_decisions(answers.risk, answers.coverage, answers.risk_delta, answers.sets, splits=after)
+    check_decisions(answers.guarantees, splits=after)
 
 
 def finish(
@@ -99,10 +99,7 @@ def finish_model(
         warnings.append(f"{name} keeps the scores {model.score.name} and {model.ood_score.name}: {error}")
     if answers.rules:
         try:
-            model, errors = fit_rules(
-                model, splits, risk=answers.risk, coverage=answers.coverage, delta=answers.risk_delta,
-                sets=answers.sets, device=device, progress=progress,
-            )  # fmt: skip
+            model, errors = fit_rules(model, splits, answers.guarantees, device=device, progress=progress)
         except DecisionError as error:
             errors = [error]
         warnings += [f"{name} goes without a decision rule that was asked for: {error}" for error in errors]

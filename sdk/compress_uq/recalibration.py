@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress_uq.bundle import Bundle, recipe_hash
+from compress_uq.config import Guarantees
 from compress_uq.data import Splits, identical_images, load_splits, set_aside
-from compress_uq.deciding import fit_rules
+from compress_uq.deciding import fit_rules, promised
 from compress_uq.errors import DataError, DecisionError
 from compress_uq.export import export_onnx
-from compress_uq.pipeline import suspicions
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.report import Evaluation, broken, evaluate, onnx_milliseconds
+from compress_uq.report import Evaluation, broken, evaluate, onnx_milliseconds, suspicions
 from compress_uq.report.card import table_rows
 from compress_uq.report.page import render_page
 from compress_uq.steps import calibrate
@@ -94,12 +94,13 @@ def recalibrate(
     _refuse_other_classes(old, splits)
     if method is None:
         method = "temperature" if old.calibrator.name == "none" else old.calibrator.name
-    rules = _rules(old)
-    splits = set_aside(splits, rules=sum(name in rules for name in ("risk", "coverage")))
+    # What a set rule chose for itself, it chooses again on the newer images.
+    rules = replace(promised(old), options=None)
+    splits = set_aside(splits, rules=len(rules.asked))
     new = calibrate(old, splits, method=method, device=device, progress=progress)
     new.origin = old.origin.of_data(splits)
     lost: list[DecisionError] = []
-    if rules:
+    if rules.asked:
         new, lost = _decided(new, splits, rules, device, progress)
     before = evaluate(old, splits, device=device, progress=progress, stage="before")
     after = evaluate(new, splits, device=device, progress=progress, stage="after")
@@ -160,22 +161,12 @@ def _recipe(bundle: Bundle, model: UncertainModel, splits: Splits, method: str) 
     }
 
 
-def _rules(model: UncertainModel) -> dict[str, Any]:
-    """What the old rules promised, as `fit_rules` takes it."""
-    promised: dict[str, Any] = {}
-    if model.acceptance is not None:
-        promised |= {name: model.record["acceptance"][name] for name in ("risk", "delta")}
-    if model.sets is not None:
-        promised |= {"coverage": model.record["sets"]["coverage"], "sets": model.sets.name}
-    return promised
-
-
 def _decided(
-    model: UncertainModel, splits: Splits, rules: Mapping[str, Any], device: str, progress: ProgressCallback
+    model: UncertainModel, splits: Splits, rules: Guarantees, device: str, progress: ProgressCallback
 ) -> tuple[UncertainModel, list[DecisionError]]:
     """The rules fitted again, with the same promises; those that these images cannot keep are given back."""
     try:
-        return fit_rules(model, splits, device=device, progress=progress, **rules)
+        return fit_rules(model, splits, rules, device=device, progress=progress)
     except DecisionError as error:
         return model, [error]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from compress_uq.errors import ArtifactError
 
-__all__ = ["describe_structure", "rebuild"]
+__all__ = ["describe_structure", "differing_tensor", "rebuild"]
 
 
 def describe_structure(dense: nn.Module, pruned: nn.Module) -> dict[str, Any]:
@@ -61,6 +61,15 @@ def rebuild(dense: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         for key, value in attributes.items():
             setattr(network.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
     return network
+
+
+def differing_tensor(
+    one: nn.Module, other: nn.Module
+) -> tuple[str, tuple[int, ...] | None, tuple[int, ...] | None] | None:
+    """The first tensor that two models do not share in name and shape, with both shapes; None where they agree."""
+    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in (one, other)]
+    names = (name for name in {**shapes[1], **shapes[0]} if shapes[0].get(name) != shapes[1].get(name))
+    return next(((name, shapes[0].get(name), shapes[1].get(name)) for name in names), None)
 
 
 def _is_size(value: object) -> bool:

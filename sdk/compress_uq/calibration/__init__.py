@@ -2,7 +2,7 @@
 
 from compress_uq.calibration.base import Calibrator, Identity
 from compress_uq.calibration.by_name import AUTO, CALIBRATORS, check_name
-from compress_uq.calibration.choice import Choice, choose, fit_calibrator
+from compress_uq.calibration.choice import Choice, calibrated, choose, fit_calibrator
 from compress_uq.calibration.dirichlet import Dirichlet
 from compress_uq.calibration.one_vs_rest import Beta, Histogram, Isotonic, OneVsRest
 from compress_uq.calibration.temperature import Temperature
@@ -21,6 +21,7 @@ __all__ = [
     "OneVsRest",
     "Temperature",
     "Vector",
+    "calibrated",
     "check_name",
     "choose",
     "fit_calibrator",

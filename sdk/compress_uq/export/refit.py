@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx
 
 from compress_uq.data import Splits, set_aside
-from compress_uq.deciding import fit_rules
+from compress_uq.deciding import fit_rules, promised
 from compress_uq.export.body import FileMembers
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.steps import calibrate
@@ -34,28 +32,17 @@ def refit(
         CalibrationError: nothing to fit.
         DataError: no calibration split.
     """
-    asked = {name: rule for name in ("acceptance", "sets") if (rule := getattr(model, name)) is not None}
-    splits = set_aside(splits, rules=len(asked))
+    guarantees = promised(model)
+    splits = set_aside(splits, rules=len(guarantees.asked))
     of_file = model.but(members=FileMembers(body.SerializeToString(), model.members))
     fitted: list[str] = []
     if model.calibrator.name != "none":
         of_file = calibrate(of_file, splits, method=model.calibrator.name, progress=progress)
         fitted.append("calibrator")
-    if asked:
-        of_file, errors = fit_rules(of_file, splits, **_asked(model), progress=progress)
+    if guarantees.asked:
+        of_file, errors = fit_rules(of_file, splits, guarantees, progress=progress)
         if errors:
             raise errors[0]
-        fitted += asked
+        fitted += guarantees.asked
     parts = {name: getattr(of_file, name) for name in ("calibrator", "acceptance", "sets", "record")}
     return model.but(**parts), tuple(fitted)
-
-
-def _asked(model: UncertainModel) -> dict[str, Any]:
-    """What the rules of a model guarantee, as `fit_rules` takes it."""
-    asked: dict[str, Any] = {}
-    if model.acceptance is not None:
-        asked |= {"risk": model.acceptance.options["risk"], "delta": model.acceptance.options["delta"]}
-    if model.sets is not None:
-        options = {name: value for name, value in model.sets.options.items() if name in ("penalty", "free")}
-        asked |= {"coverage": model.sets.options["coverage"], "sets": model.sets.name, "options": options or None}
-    return asked

@@ -6,6 +6,7 @@ from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
 from compress_uq.report.precision import PrecisionCard, compare_precisions
+from compress_uq.report.suspicions import near_chance, suspicions
 
 __all__ = [
     "DECISIONS",
@@ -21,6 +22,8 @@ __all__ = [
     "layer_pages",
     "lost_classes",
     "markdown",
+    "near_chance",
     "onnx_milliseconds",
+    "suspicions",
     "table_rows",
 ]

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from compress_uq.calibration import AUTO
 from compress_uq.compression import Compressed, Compression
 from compress_uq.data import set_aside
 from compress_uq.held_out import held_out_figures
@@ -85,8 +86,10 @@ class CompressKind(Kind[CompressSettings]):
         run.work_dir = context.work
         evaluation = run.measured(compressed.model, "measuring")
         held_out, source = _held_out(compressed.model, run)
+        calibrated = _dense_calibrated(settings, run, compressed, context)
         measures = {
             **dense["measures"],
+            **calibrated["measures"],
             **_quality(evaluation),
             **_costs(evaluation, compressed),
             **{name: figure.to_json()["value"] for name, figure in evaluation.decisions.items()},
@@ -99,7 +102,7 @@ class CompressKind(Kind[CompressSettings]):
             measures |= _resplit(settings, compressed.model, opened)
         if settings.control:
             measures |= _control(settings, run, compressed, context)
-        return Outcome(measures, tuple(dict.fromkeys([*dense["notes"], *run.warnings, source])))
+        return Outcome(measures, tuple(dict.fromkeys([*dense["notes"], *calibrated["notes"], *run.warnings, source])))
 
     def held_out(self, measure: str) -> str | None:
         """Costs need no data; what is measured on test has its counterpart on held-out images."""
@@ -148,19 +151,31 @@ def _held_out(model: UncertainModel, run: Compression) -> tuple[dict[str, float 
 
 
 def _dense_figures(settings: CompressSettings, opened: ModelAndData, context: Context) -> dict[str, Any]:
-    """The dense model as it was given, and the same calibrated on the same images."""
+    """The dense model as it was given."""
     run = _compression(settings, opened, context)
     plain = run.dense()
     evaluation = run.measured(plain, "dense")
     held_out, _ = _held_out(plain, run)
-    calibrated = run.measured(run.dense_calibrated(), "dense, calibrated")
     measures = {
         **_quality(evaluation, "dense_"),
-        **_quality(calibrated, "dense_calibrated_"),
         **{f"dense_{name}": getattr(evaluation.cost, name) for name in ("parameters", "macs", "size_bytes")},
     }
     notes = [*opened.splits.info.notes, *run.warnings]
     return {"measures": measures, "held_out_accuracy": held_out.get("accuracy"), "notes": notes}
+
+
+def _dense_calibrated(
+    settings: CompressSettings, run: Compression, compressed: Compressed, context: Context
+) -> dict[str, Any]:
+    """The dense model calibrated on the same images by the same calibrator: once for all runs that share these."""
+
+    def make() -> dict[str, Any]:
+        before = len(run.warnings)
+        evaluation = run.measured(run.dense_calibrated(compressed), "dense, calibrated")
+        return {"measures": _quality(evaluation, "dense_calibrated_"), "notes": run.warnings[before:]}
+
+    chosen = {"calibrator": compressed.model.calibrator.name} if settings.answers.calibration == AUTO else {}
+    return context.shared.record("dense_calibrated", {**of_dense(settings), **chosen}, make)
 
 
 def _resplit(settings: CompressSettings, model: UncertainModel, opened: ModelAndData) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from compress_uq.uq.connections import grouped_layer
 from compress_uq.uq.features import tap_head
 from compress_uq.uq.hooks import Hook, bare_copy, replace_forward
 from compress_uq.uq.masks import hashed_masks, random_masks, stratified_masks
-from compress_uq.uq.members import Fidelity, Members
+from compress_uq.uq.members import Members
 from compress_uq.uq.sites import Site
 
 __all__ = ["SampledDropout", "draw_masks", "find_fold", "restored", "sampled_macs"]
@@ -118,7 +118,7 @@ class SampledDropout(Members):
         masks: per site (T, *shape), instead of drawing them.
         head: the classifier, where its inputs may be asked for.
         modes: how it may sample; by default all that its sites allow.
-        fidelity: how well the masks stand for many.
+        found: what was found when the masks were chosen; plain values.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class SampledDropout(Members):
         masks: Sequence[Tensor] | None = None,
         head: str | None = None,
         modes: Sequence[str] | None = None,
-        fidelity: Fidelity | None = None,
+        found: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.fidelity = fidelity
+        self.found = dict(found or {})
         self.modes = tuple(modes) if modes is not None else _modes(sites)
         self.count, self.sites, self.fold, self.head = members, tuple(sites), fold, head
         self.network = bare_copy(network).eval().requires_grad_(False)
@@ -182,7 +182,6 @@ class SampledDropout(Members):
             **super().structure(),
             "fold": self.fold,
             "sites": [asdict(site) for site in self.sites],
-            "fidelity": None if self.fidelity is None else asdict(self.fidelity),
         }
 
     def with_sampling(self, sampling: str) -> SampledDropout:
@@ -195,6 +194,8 @@ class SampledDropout(Members):
             raise UncertaintyError(f"sampling {sampling!r}: these members sample in the mode {' or '.join(self.modes)}")
         other = copy.deepcopy(self)
         other.sampling = sampling
+        if sampling != "fixed":
+            other.found = {name: value for name, value in self.found.items() if name != "fidelity"}  # of fixed masks
         for masked in other.masked:
             masked.sampling = sampling  # type: ignore[assignment]
         return other
@@ -208,7 +209,6 @@ class SampledDropout(Members):
 def restored(network: nn.Module, structure: Mapping[str, Any], modes: Sequence[str] | None = None) -> SampledDropout:
     """Members with masks of the right shapes, their tensors still to be loaded, from `SampledDropout.structure`."""
     sites = tuple(Site(**{**site, "shape": tuple(site["shape"])}) for site in structure["sites"])
-    fidelity = structure.get("fidelity")
     return SampledDropout(
         network,
         sites,
@@ -217,7 +217,7 @@ def restored(network: nn.Module, structure: Mapping[str, Any], modes: Sequence[s
         masks=[torch.zeros(structure["members"], *site.shape) for site in sites],
         head=structure.get("head"),
         modes=modes,
-        fidelity=None if fidelity is None else Fidelity(**fidelity),
+        found=structure.get("found"),
     )
 
 

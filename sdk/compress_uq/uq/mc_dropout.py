@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class MCDropout(Method):
             )  # fmt: skip
         return SampledDropout(
             bare, sites, self.samples, seed=self.seed, fold=fold, masks=masks, head=find_head(bare, example),
-            fidelity=fidelity,
+            found=None if fidelity is None else {"fidelity": asdict(fidelity)},
         )  # fmt: skip
 
     def restore(self, networks: Sequence[nn.Module], structure: Mapping[str, Any]) -> Members:

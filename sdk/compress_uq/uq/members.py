@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,12 @@ class Members(nn.Module, ABC):
     """The classifier's module, the same in every network; what enters it are the features."""
     found: Mapping[str, object] = MappingProxyType({})
     """What `Method.fit` chose or found on the way; plain values."""
-    fidelity: Fidelity | None = None
-    """How well fixed members stand for many; None where that was not measured."""
+
+    @property
+    def fidelity(self) -> Fidelity | None:
+        """How well fixed members stand for many, of what was found; None where that was not measured."""
+        known = cast(Mapping[str, Any] | None, self.found.get("fidelity"))
+        return None if known is None else Fidelity(**known)
 
     @property
     @abstractmethod
