@@ -65,7 +65,7 @@ class TrainingOptions:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer, of one that takes some of its options as dataclasses."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     shown: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         shown += _options(groups[name]) if name in groups else [parameter.replace(annotation=hints[name])]

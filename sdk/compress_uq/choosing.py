@@ -22,7 +22,7 @@ from compress_uq.scores import SCORES, Score, TrainingFeatures
 from compress_uq.training import resolve_device
 from compress_uq.uncertain import UncertainModel, answers_of
 
-__all__ = ["AUTO", "check_scores", "choose_scores", "training_features"]
+__all__ = ["AUTO", "check_members", "check_scores", "choose_scores", "training_features"]
 
 AUTO = "auto"
 _TRAINING_IMAGES = 10_000
@@ -60,10 +60,9 @@ def choose_scores(
     given = dict(options or {})
     for name in given:
         SCORES[name]
+    check_members(score, ood_score, model.members.count)
     named = [SCORES[score], *([] if ood_score == AUTO else [SCORES[ood_score]])]
     for kind in named:
-        if kind.of_members and model.members.count == 1:
-            raise UncertaintyError(f"score {kind.name!r} compares members, and the model has one: choose another score")
         if kind.of_features and model.members.head is None:
             raise UncertaintyError(f"score {kind.name!r} looks at features, and the model's classifier was not found")
     training = None
@@ -106,6 +105,17 @@ def check_scores(score: str, ood_score: str, splits: Splits | None) -> None:
         )
     _in_distribution(splits)
     _refuse_reported(splits)
+
+
+def check_members(score: str, ood_score: str, members: int) -> None:
+    """Refuse scores that compare members where there is one.
+
+    Raises:
+        UncertaintyError: names the score.
+    """
+    for name in (score, ood_score):
+        if members == 1 and name != AUTO and SCORES[name].of_members:
+            raise UncertaintyError(f"score {name!r} compares members, and the model has one: choose another score")
 
 
 def training_features(

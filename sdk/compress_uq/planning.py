@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Unpack, cast
 
+import torch
 from torch import nn
 
+from compress_uq.calibration import check_labels
+from compress_uq.choosing import check_members
 from compress_uq.config import AnswerConfig, TrainingConfig
-from compress_uq.data import Augmentation, Splits, identical_images, set_aside
+from compress_uq.cost import on_device
+from compress_uq.data import Augmentation, Splits, identical_images, labels_of, set_aside
 from compress_uq.errors import InputError, ModelError
 from compress_uq.finishing import AnswerOptions, check_answers
-from compress_uq.models import refuse_non_finite
+from compress_uq.models import as_logits, refuse_non_finite
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, pruning_share, resolve_criterion
 from compress_uq.search import Budget, SearchResult, search_sparsity
@@ -106,6 +111,10 @@ def plan_compression(
     if len(networks) > 1:
         macs, size = (sum(getattr(n.after, name) for n in networks) for name in ("macs", "size_bytes"))
         described |= {"macs": macs, "share_of_dense_pass": macs / networks[0].before.macs, "stored_bytes": size}
+    check_members(answers.score, answers.ood_score, cast(int, described["samples"]))
+    if splits.calibration is not None:
+        labels = labels_of(splits.calibration).numpy()
+        check_labels(answers.calibration, labels, _classes(networks[0], splits))
     warnings = list(splits.info.notes)
     functional = described.get("functional_dropout")
     if functional:
@@ -130,6 +139,13 @@ def _sort(options: CompressOptions) -> tuple[PruningOptions, TrainingOptions, An
 def _outline(pruning: PruningOptions) -> PruningOptions:
     trains = resolve_criterion(pruning.get("criterion", "l1")).trains
     return {"schedule": "one-shot", "criterion": "l1"} if trains else {"schedule": "one-shot"}
+
+
+def _classes(pruned: PruneResult, splits: Splits) -> int:
+    """How many classes the model tells apart."""
+    network = copy.deepcopy(pruned.model).eval()
+    with on_device(network, "cpu"), torch.inference_mode():
+        return as_logits(network(splits.example())).shape[1]
 
 
 def _refuse_unlike(first: nn.Module, other: nn.Module, number: int) -> None:

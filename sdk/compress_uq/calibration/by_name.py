@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from compress_uq.calibration.base import Calibrator, Identity
 from compress_uq.calibration.dirichlet import Dirichlet
+from compress_uq.calibration.images import refuse_few, refuse_missing_classes
 from compress_uq.calibration.one_vs_rest import Beta, Histogram, Isotonic
 from compress_uq.calibration.temperature import Temperature
 from compress_uq.calibration.vector import Vector
 from compress_uq.errors import UnknownNameError
 from compress_uq.registry import Entry, Registry
 
-__all__ = ["AUTO", "CALIBRATORS", "check_name"]
+__all__ = ["AUTO", "CALIBRATORS", "check_labels", "check_name"]
 
 AUTO = "auto"
 """In place of a name: chosen by cross-validation."""
@@ -40,3 +43,16 @@ def check_name(name: str) -> None:
     if name not in CALIBRATORS:
         raise UnknownNameError("calibrator", str(name), (*CALIBRATORS.names, AUTO))
     CALIBRATORS[name].refuse_unavailable()
+
+
+def check_labels(name: str, labels: np.ndarray, classes: int) -> None:
+    """Refuse, before any work, labels (N,) of calibration images that this calibrator could not be fitted on.
+
+    Raises:
+        CalibrationError: fewer images than classes, or none of a class that it needs.
+    """
+    if name == "none":
+        return
+    refuse_few(len(labels), classes)
+    if name != AUTO and CALIBRATORS[name].every_class:
+        refuse_missing_classes(name, labels, classes)

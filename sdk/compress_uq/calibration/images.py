@@ -7,7 +7,15 @@ from scipy.special import softmax
 
 from compress_uq.errors import CalibrationError
 
-__all__ = ["label_nll", "log_mean", "mean_probabilities", "refuse_missing_classes", "refuse_unusable", "spread_folds"]
+__all__ = [
+    "label_nll",
+    "log_mean",
+    "mean_probabilities",
+    "refuse_few",
+    "refuse_missing_classes",
+    "refuse_unusable",
+    "spread_folds",
+]
 
 TINY = 1e-12
 """Probabilities below count as this."""
@@ -36,6 +44,15 @@ def refuse_unusable(name: str, logits: np.ndarray, labels: np.ndarray) -> None:
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise CalibrationError(f"labels from {labels.min()} to {labels.max()}: expected 0 to {classes - 1}")
+    refuse_few(count, classes)
+
+
+def refuse_few(count: int, classes: int) -> None:
+    """Refuse fewer images than classes.
+
+    Raises:
+        CalibrationError: says how many are needed.
+    """
     if count < classes:
         raise CalibrationError(
             f"{count} calibration images for {classes} classes are too few: give at least {classes}, or calibration "
