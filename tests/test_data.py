@@ -1,6 +1,7 @@
 """Splits, the calibration rule, named sets, folders and out-of-distribution sets."""
 
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,11 +132,13 @@ def test_a_set_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypa
     import torchvision
 
     def offline(self):
+        Path(self.raw_folder).mkdir(parents=True)
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", offline)
     with pytest.raises(DataError, match="MNIST is not under .*no route to host.*--data-root"):
-        cuq.load_splits("mnist", root=tmp_path)
+        cuq.load_splits("mnist", root=tmp_path / "data")
+    assert not list(tmp_path.iterdir())
 
 
 def write_images(folder, classes=("cat", "dog"), count=6, size=(10, 10), mode="RGB", seed=0):

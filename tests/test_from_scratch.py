@@ -60,11 +60,23 @@ def test_a_network_that_a_method_only_looks_at_is_trained_once(tmp_path):
     assert len(list((tmp_path / "out" / "shared").glob("network-*.safetensors"))) == 1
 
 
-def test_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("uq", "change", "message"),
+    [
+        ("msp", ('arch = "compress-uq:mlp"\n', ""), "a run needs arch"),
+        ("msp", ('data = "digits"', 'data = "digitz"'), "did you mean 'digits'"),
+        ("msp", ("seed = [0]", 'seed = [0]\nood = ["nowhere"]'), "unknown out-of-distribution set 'nowhere'"),
+        ("msp", ("seed = [0]", 'seed = [0]\nood-score = ["auto"]'), "ood_score 'auto' chooses on"),
+        ("tradi", ("epochs = 2", "epochs = 0"), "epochs=0: tradi is made of what it sees"),
+        ("mps", ("", ""), "did you mean 'msp'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_runs(tmp_path, uq, change, message):
     path = tmp_path / "s.toml"
-    path.write_text(STUDY.replace("UQ", '["msp"]').replace('arch = "compress-uq:mlp"\n', ""))
-    with pytest.raises(cuq.InputError, match="a run needs arch"):
-        cuq.plan_study(cuq.read_study(path))
+    path.write_text(STUDY.replace("UQ", f'["{uq}"]').replace(*change))
+    with pytest.raises(cuq.InputError, match=message):
+        cuq.run_study(cuq.read_study(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ece_over_random_calibration_images():

@@ -410,6 +410,9 @@ def test_a_wrong_file_ends_in_one_line_and_nothing_written(fake, command, tmp_pa
         (("lr = 0.02", "rl = 0.02"), "unknown setting of dense 'rl'"),
         (('data = "digits"\n', ""), "from which a dense model is trained"),
         (("ood =", "out = 'x'\nood ="), "unknown setting in [defaults] 'out'"),
+        (('data = "digits"', 'data = "digitz"'), "did you mean 'digits'"),
+        (("epochs = 1\n", 'ood-score = "auto"\n'), "pass --validation-ood"),
+        (("epochs = 1\n", 'validation-ood = "sinthetic"\n'), "did you mean 'synthetic'"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused_before_anything_runs(command, tmp_path, change, message):
@@ -578,10 +581,11 @@ def test_plots_show_means_bars_and_the_dense_model(fake, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "o" / "plots").iterdir()) == ["cost.png", "names.png", "plots.png"]
 
 
-def test_the_example_reads(monkeypatch):
+def test_the_examples_read(monkeypatch):
     folder = Path(__file__).resolve().parent.parent / "examples"
     monkeypatch.setattr(cuq.study.settings, "_file_hash", lambda setting, path: "0" * 64)
     study = cuq.read_study(folder / "study.toml")
     assert study.axes == ("sparsity",)
     assert {plot.y for plot in study.plots} >= {"accuracy", "ece", "ause", "accuracy_at_50"}
-    assert cuq.plan_study(folder / "study.toml", os.devnull + "-none").to_do
+    for file in folder.glob("*.toml"):
+        assert cuq.plan_study(file, os.devnull + "-none").to_do, file

@@ -3,7 +3,7 @@ reported on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from compress_uq.scores import SCORES, Score, TrainingFeatures
 from compress_uq.training import resolve_device
 from compress_uq.uncertain import UncertainModel, answers_of
 
-__all__ = ["AUTO", "check_members", "check_scores", "choose_scores", "training_features"]
+__all__ = ["AUTO", "check_members", "check_scores", "check_validation", "choose_scores", "training_features"]
 
 AUTO = "auto"
 _TRAINING_IMAGES = 10_000
@@ -98,13 +98,22 @@ def check_scores(score: str, ood_score: str, splits: Splits | None) -> None:
             splits.require("train", f"score {kind.name!r}")
     if ood_score != AUTO:
         return
-    if not splits.validation_ood:
+    check_validation(ood_score, splits.validation_ood)
+    _in_distribution(splits)
+    _refuse_reported(splits)
+
+
+def check_validation(ood_score: str, validation_ood: Collection[str]) -> None:
+    """Refuse to choose a score without out-of-distribution sets to choose on.
+
+    Raises:
+        DataError: names what is missing.
+    """
+    if ood_score == AUTO and not validation_ood:
         raise DataError(
             "ood_score 'auto' chooses on out-of-distribution images that no figure is reported on: pass "
             "--validation-ood (validation_ood= of Splits), or name a score"
         )
-    _in_distribution(splits)
-    _refuse_reported(splits)
 
 
 def check_members(score: str, ood_score: str, members: int) -> None:

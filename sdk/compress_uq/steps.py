@@ -126,8 +126,8 @@ def finetune(
     config, augment = training_config(training, options)
     if augment == "auto":
         augment = splits.info.augment
-    if config.epochs == 0 and chosen is not None and chosen.watches:
-        raise UncertaintyError(f"epochs=0: {chosen.name} is made of what it sees in training; give it 1 epoch or more")
+    if chosen is not None:
+        check_epochs(chosen, config.epochs)
     if config.epochs == 0:
         return FinetuneResult(network.eval(), (), None, chosen, origin)
     if config.lr_schedule == "auto" and chosen is not None:
@@ -158,6 +158,16 @@ def prepare_uncertainty(model: ModelOrResult, method: str | Method, example_inpu
     prepared = resolve_method(method).prepare(given, origin)
     prepared.origin = origin  # type: ignore[assignment]
     return prepared
+
+
+def check_epochs(method: Method, epochs: int) -> None:
+    """Refuse a method that watches a training where there is none.
+
+    Raises:
+        UncertaintyError: names the method.
+    """
+    if epochs == 0 and method.watches:
+        raise UncertaintyError(f"epochs=0: {method.name} is made of what it sees in training; give it 1 epoch or more")
 
 
 def fit_uncertainty(

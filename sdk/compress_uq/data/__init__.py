@@ -4,7 +4,7 @@ from compress_uq.data.augment import AUGMENTATIONS, Augmentation
 from compress_uq.data.dividing import SMALLEST_PART, balanced_sample, divide, set_aside
 from compress_uq.data.folders import read_images
 from compress_uq.data.images import ImageTensors, as_pixels, batches, check_labels, fit_images
-from compress_uq.data.loading import hold_out, load_splits
+from compress_uq.data.loading import check_data_names, hold_out, load_splits
 from compress_uq.data.named import DATASETS
 from compress_uq.data.ood import MADE_SETS, ood_set
 from compress_uq.data.splits import (
@@ -30,6 +30,7 @@ __all__ = [
     "as_pixels",
     "balanced_sample",
     "batches",
+    "check_data_names",
     "check_labels",
     "divide",
     "fit_images",

@@ -18,12 +18,12 @@ from torch.utils.data import Subset
 from compress_uq.data.folders import ImageFiles, class_folders, default_normalisation, shape_of_images
 from compress_uq.data.images import ImageTensors, Normalisation
 from compress_uq.data.named import DATASETS
-from compress_uq.data.ood import ood_set
+from compress_uq.data.ood import MADE_SETS, ood_set
 from compress_uq.data.splits import DataInfo, ImageDataset, Splits, labels_of, take_class_balanced
 from compress_uq.errors import DataError, UnknownNameError
 from compress_uq.models import DataRecord, import_callable
 
-__all__ = ["hold_out", "load_splits"]
+__all__ = ["check_data_names", "hold_out", "load_splits"]
 
 HELD_OUT_FRACTION = 0.1
 TEST_FRACTION = 0.2
@@ -94,6 +94,19 @@ def load_splits(
     if reserve:
         splits = _calibration_rule(splits, record, seed)
     return _with_ood(splits, ood or default_ood, validation_ood, Path(root))
+
+
+def check_data_names(data: str, ood: Sequence[str]) -> None:
+    """Refuse, before anything is read, words that name no set; a path or a callable may come to be there.
+
+    Raises:
+        UnknownNameError: names the nearest.
+    """
+    foreign = (*MADE_SETS.names, *DATASETS.names, "a folder")
+    references = [("data set or folder", data, DATASETS.names), *(("out-of-distribution set", n, foreign) for n in ood)]
+    for kind, name, known in references:
+        if name not in known and not set(":/\\") & set(name) and not Path(name).exists():
+            raise UnknownNameError(kind, name, known)
 
 
 def hold_out(splits: Splits, *, seed: int = 0) -> Splits:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def _torchvision(name: str, part: Callable[[bool], dict[str, Any]]) -> Callable[
             dataset = dataset_class(download=False, **arguments)
         except RuntimeError:
             try:
-                dataset = dataset_class(download=True, **arguments)
+                with _nothing_left(root):
+                    dataset = dataset_class(download=True, **arguments)
             except Exception as error:
                 raise DataError(
                     f"{name} is not under {root} and could not be downloaded ({_first_line(error)}): "
@@ -76,6 +78,19 @@ def _torchvision(name: str, part: Callable[[bool], dict[str, Any]]) -> Callable[
         return pixels, labels.long()
 
     return read
+
+
+@contextmanager
+def _nothing_left(root: Path) -> Iterator[None]:
+    """Folders that a failed download made, and has put nothing into, are taken away again."""
+    there = {root, *root.rglob("*")} if root.is_dir() else set()
+    try:
+        yield
+    except Exception:
+        for folder in sorted({root, *root.rglob("*")} - there, reverse=True):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def _first_line(error: Exception) -> str:

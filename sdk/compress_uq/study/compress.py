@@ -14,6 +14,7 @@ import numpy as np
 from compress_uq.calibration import AUTO
 from compress_uq.compression import Compressed, Compression
 from compress_uq.data import set_aside
+from compress_uq.finishing import check_answers
 from compress_uq.held_out import held_out_figures
 from compress_uq.inputs import ModelAndData, initial_model, open_model_and_data, train_dense
 from compress_uq.metrics import METRICS
@@ -36,6 +37,7 @@ from compress_uq.study.settings import (
     read_settings,
 )
 from compress_uq.study.shared import TRAININGS
+from compress_uq.study.values import several
 from compress_uq.uncertain import UncertainModel
 
 __all__ = ["CompressKind"]
@@ -76,6 +78,7 @@ class CompressKind(Kind[CompressSettings]):
     def run(self, settings: CompressSettings, context: Context) -> Outcome:
         """The stages, each once; what the dense model scores is shared by all runs on it."""
         opened = context.shared.remembered(of_dense(settings), lambda: _open(settings, context))
+        check_answers(settings.answers, opened.splits)
         dense = context.shared.record("dense", of_dense(settings), lambda: _dense_figures(settings, opened, context))
         run = _compression(settings, opened, context)
         if settings.budget:
@@ -255,10 +258,6 @@ def _open(settings: CompressSettings, context: Context) -> ModelAndData:
     opened = open_model_and_data(
         path, arch=inputs.arch, options=options, num_classes=inputs.num_classes, data=inputs.data,
         root=inputs.data_root, mean=inputs.mean, std=inputs.std,
-        ood=_several(inputs.ood), validation_ood=_several(inputs.validation_ood), unsafe=inputs.unsafe_load,
+        ood=several(inputs.ood), validation_ood=several(inputs.validation_ood), unsafe=inputs.unsafe_load,
     )  # fmt: skip
     return replace(opened, splits=set_aside(opened.splits, rules=settings.answers.rules))
-
-
-def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else given

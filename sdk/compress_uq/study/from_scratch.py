@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress_uq.choosing import check_validation
 from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.cost import measure_cost, on_device
-from compress_uq.data import ImageDataset, Splits, hold_out, load_splits
+from compress_uq.data import ImageDataset, Splits, check_data_names, hold_out, load_splits
 from compress_uq.errors import InputError
 from compress_uq.finishing import check_answers, finish
 from compress_uq.inputs import configure_method
@@ -28,10 +29,10 @@ from compress_uq.models import Architecture, versioned
 from compress_uq.predict import collect
 from compress_uq.report import Evaluation, evaluate
 from compress_uq.stages import Origin
-from compress_uq.steps import FinetuneResult, finetune
+from compress_uq.steps import FinetuneResult, check_epochs, finetune
 from compress_uq.study.kind import Context, Kind, Outcome
 from compress_uq.study.settings import METHOD_HINTS, as_texts, changed, configuration
-from compress_uq.study.values import conform, plain_hints
+from compress_uq.study.values import conform, plain_hints, several
 from compress_uq.training import Epoch, resolve_device
 from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import Method
@@ -93,10 +94,12 @@ class FromScratchKind(Kind[FromScratchSettings]):
             {**_part(given, METHOD_HINTS), "seed": training.seed},
             as_texts(given.get("uq_option", {})),
         )
+        check_validation(answers.ood_score, ())
+        check_epochs(method, training.epochs)
         own = _part(given, _OWN)
         own = {name: value for name, value in own.items() if name not in ("uq", "uq_option")}
-        if isinstance(own.get("ood"), str):
-            own["ood"] = (own["ood"],)
+        own["ood"] = several(own.get("ood", ()))
+        check_data_names(own["data"], own["ood"])
         return FromScratchSettings(**own, method=method, answers=answers, training=training)
 
     def identity(self, settings: FromScratchSettings) -> Mapping[str, Any]:
@@ -114,6 +117,7 @@ class FromScratchKind(Kind[FromScratchSettings]):
         splits = context.shared.remembered(
             {**_of_data(settings), "ood": settings.ood, "held": settings.training.seed}, lambda: _splits(settings)
         )
+        check_answers(settings.answers, splits)
         tuned = [_trained(settings, splits, number, context) for number in range(settings.method.networks)]
         done = finish(
             tuned if len(tuned) > 1 else tuned[0], splits, settings.answers, name="the model",

@@ -9,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+from compress_uq.choosing import check_validation
 from compress_uq.config import AnswerConfig, TrainingConfig
+from compress_uq.data import check_data_names
 from compress_uq.errors import InputError, ModelError, UnknownNameError
 from compress_uq.finishing import check_answers
 from compress_uq.inputs import FIELD_OF, configure_method
@@ -17,7 +19,7 @@ from compress_uq.pruning import PruningOptions, check_pruning, configured_criter
 from compress_uq.search import Budget
 from compress_uq.steps import training_config
 from compress_uq.storage import sha256
-from compress_uq.study.values import conform, plain_hints, plain_text, to_name
+from compress_uq.study.values import conform, plain_hints, plain_text, several, to_name
 from compress_uq.uq import METHODS, Method
 
 __all__ = [
@@ -124,6 +126,9 @@ def read_settings(values: Mapping[str, Any]) -> CompressSettings:
         check_pruning(cast(PruningOptions, pruning))
     answers = AnswerConfig(**_part(given, _ANSWERS))
     check_answers(answers, None)
+    check_validation(answers.ood_score, inputs.validation_ood)
+    if inputs.data is not None:
+        check_data_names(inputs.data, (*several(inputs.ood), *several(inputs.validation_ood)))
     method, _ = configure_method(
         given.get("uq", "mc-dropout"),
         {**_part(given, METHOD_HINTS), "seed": training.seed},

@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 from compress_uq.errors import InputError
 
-__all__ = ["conform", "plain_hints", "plain_text", "to_name"]
+__all__ = ["conform", "plain_hints", "plain_text", "several", "to_name"]
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
@@ -16,6 +16,11 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def to_name(key: str) -> str:
     """A long option's spelling, `round-to`, as Python spells it, `round_to`."""
     return key.replace("-", "_")
+
+
+def several(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One or several names as several."""
+    return (given,) if isinstance(given, str) else given
 
 
 def plain_text(value: Any) -> str:
