@@ -125,9 +125,9 @@ def test_each_run_leaves_its_record_and_the_dense_model_is_made_once(digits):
     _, result = digits
     records = [json.loads(path.read_text()) for path in sorted((result.folder / "runs").glob("*.json"))]
     assert [(r["settings"]["sparsity"], r["seed"]) for r in records] == [(0.25, 0), (0.25, 1), (0.5, 0), (0.5, 1)]
-    assert (
-        len(list((result.folder / "shared").glob("*.pt"))) == len(list((result.folder / "shared").glob("*.json"))) == 1
-    )
+    assert len(list((result.folder / "shared").glob("*.pt"))) == 1
+    shared = sorted(path.name.split("-")[0] for path in (result.folder / "shared").glob("*.json"))
+    assert shared == ["dense", "dense_calibrated"]
     assert not any((result.folder / "work").iterdir())
     for record in records:
         found = record["result"]
@@ -162,6 +162,25 @@ def test_a_run_finds_what_compress_finds(digits, monkeypatch):
     assert run.measure("macs") == card.compressed.cost.macs
     assert run.measure("parameters") == card.compressed.cost.parameters
     assert run.measure("sparsity_reached") == card.recipe["pruning"]["sparsity_reached"]
+
+
+def test_the_dense_model_has_the_calibrator_that_auto_took(checkpoint, tmp_path, monkeypatch):
+    chosen_for = []
+
+    def choose(logits, labels, seed=0):
+        chosen_for.append(logits.shape)
+        return cuq.calibration.Choice("vector", {}, {}, {}, 5)
+
+    monkeypatch.setattr(sys.modules["compress_uq.calibration.choice"], "choose", choose)
+    file = tmp_path / "s.toml"
+    settings = f'model = "{checkpoint}"\nuq = "msp"\nepochs = 0\ncalibration = "auto"'
+    file.write_text(f"[defaults]\n{settings}\n[grid]\nsparsity = [0.5]\n")
+    (run,) = cuq.run_study(file, tmp_path / "out").runs
+    assert len(chosen_for) == 1, "once, for the compressed model"
+    dense = cuq.read_checkpoint(checkpoint)
+    splits = cuq.load_splits("digits", record=dense.data)
+    vector = cuq.calibrate(cuq.fit_uncertainty(dense.model, splits, method="msp"), splits, method="vector")
+    assert run.measure("dense_calibrated_nll") == pytest.approx(cuq.evaluate(vector, splits).metrics["nll"].value)
 
 
 def test_finished_runs_are_never_repeated_and_a_changed_grid_adds_its_own(digits, tmp_path, monkeypatch):
