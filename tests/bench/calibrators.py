@@ -19,7 +19,7 @@ import compress_uq as cuq
 from compress_uq.calibration import AUTO, CALIBRATORS, calibrated, choose
 
 NETWORKS = {"vgg_15_BN_64": "VGG-15", "resnet_basic_110": "ResNet-110", "densenet_BC_100_12": "DenseNet-BC-100"}
-SHARE = 0.2
+PARTS = 5
 
 Figures = dict[str, list[tuple[float, float]]]
 
@@ -30,7 +30,8 @@ def measured(logits: np.ndarray, labels: np.ndarray, choices: int) -> tuple[Figu
     found[AUTO] = []
     taken: Counter[str] = Counter()
     for seed in range(choices):
-        fitted_on, rest = cuq.data.take_class_balanced(torch.from_numpy(labels), SHARE, seed=seed)
+        fitted_on, *others = cuq.data.divide(labels, PARTS, seed=seed)
+        rest = sorted(index for part in others for index in part)
         for entry in CALIBRATORS:
             p = calibrated(entry.value.fit(logits[:, fitted_on], labels[fitted_on]), logits[:, rest])
             found[entry.name].append((cuq.metrics.nll(p, labels[rest]), cuq.metrics.ece(p, labels[rest])))

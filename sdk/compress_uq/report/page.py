@@ -132,7 +132,13 @@ def _reliability(shown: Mapping[str, Evaluation]) -> matplotlib.figure.Figure:
         share = bins.count[filled] / bins.count.sum()
         for x, y, s in zip(centres[filled], bins.accuracy[filled], share, strict=True):
             axis.annotate(f"{100 * s:.0f} %", (x, y + 0.025), ha="center", va="bottom", rotation=90, fontsize=7)
-        axis.set(xlim=(0, 1), ylim=(0, 1.12), yticks=np.linspace(0, 1, 6), xlabel="confidence", title=f"{name}, ECE {bins.ece:.4f}")
+        axis.set(
+            xlim=(0, 1),
+            ylim=(0, 1.12),
+            yticks=np.linspace(0, 1, 6),
+            xlabel="confidence",
+            title=f"{name}, ECE {bins.ece:.4f}",
+        )
     axes[0].set_ylabel("accuracy")
     axes[0].legend(loc="upper center", bbox_to_anchor=(1.05, -0.13), ncol=2, fontsize=8, frameon=False)
     return figure
