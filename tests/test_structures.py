@@ -308,19 +308,11 @@ def parametrised():
     return model
 
 
-def old_weight_norm():
+def hooked(norm):
     model = Plain()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.nn.utils.weight_norm(model.b)
-    return model
-
-
-def spectral_norm():
-    model = Plain()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.nn.utils.spectral_norm(model.b)
+        norm(model.b)
     return model
 
 
@@ -353,8 +345,11 @@ class TwoStreams(nn.Module):
 
 REFUSED = {
     "parametrised": (parametrised, r"layer b .*weight_norm.*remove_parametrizations\(layer, 'weight'\)"),
-    "weight norm": (old_weight_norm, r"layer b .*remove_weight_norm\(layer, 'weight'\)"),
-    "spectral norm": (spectral_norm, r"layer b .*remove_spectral_norm\(layer, 'weight'\)"),
+    "weight norm": (lambda: hooked(torch.nn.utils.weight_norm), r"layer b .*remove_weight_norm\(layer, 'weight'\)"),
+    "spectral norm": (
+        lambda: hooked(torch.nn.utils.spectral_norm),
+        r"layer b .*remove_spectral_norm\(layer, 'weight'\)",
+    ),
     "mask": (with_mask, r"layer b .*prune\.remove\(layer, 'weight'\)"),
     "shared weight": (tied, r"c\.weight and b\.weight are one shared parameter"),
     "buffer": (Buffered, r"buffer mean .*16 channels"),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from compress_uq.cost import measure_cost
 from compress_uq.data import ImageDataset
 from compress_uq.errors import UncertaintyError
 from compress_uq.stages import Origin
@@ -16,7 +17,7 @@ from compress_uq.training import Observer
 from compress_uq.uq.members import Members
 from compress_uq.uq.sites import find_head
 
-__all__ = ["Method", "Trained"]
+__all__ = ["Method", "Trained", "describe_networks"]
 
 
 @dataclass(frozen=True)
@@ -138,3 +139,16 @@ class Method(ABC):
     @abstractmethod
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """The plan in plain values: what will be done to this model, and what a prediction will cost."""
+
+
+def describe_networks(method: str, count: int, model: nn.Module, origin: Origin) -> dict[str, object]:
+    """The plan of a method whose members are so many networks like `model`, each a pass of its own."""
+    cost = measure_cost(model, origin.example(model, method).shape[1:])
+    dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
+    return {
+        "method": method,
+        "samples": count,
+        "macs": count * cost.macs,
+        "share_of_dense_pass": count * cost.macs / dense,
+        "stored_bytes": count * cost.size_bytes,
+    }

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from compress_uq.batch_norm import BatchNorm, batch_norms, estimate_statistics
-from compress_uq.cost import measure_cost, on_device
+from compress_uq.cost import on_device
 from compress_uq.data import batches
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
 from compress_uq.training import resolve_device
-from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.base import Method, Trained, describe_networks
 from compress_uq.uq.hooks import bare_copy
 from compress_uq.uq.members import Members, Networks
 
@@ -174,15 +174,7 @@ class DrawnWeights(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Members and cost; what training costs more is added by each method."""
-        cost = measure_cost(model, origin.example(model, self.name).shape[1:])
-        dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
-        return {
-            "method": self.name,
-            "samples": self.samples,
-            "macs": self.samples * cost.macs,
-            "share_of_dense_pass": self.samples * cost.macs / dense,
-            "stored_bytes": self.samples * cost.size_bytes,
-        }
+        return describe_networks(self.name, self.samples, model, origin)
 
 
 def require_observed(method: str, trained: Trained, *names: str) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from compress_uq.cost import evaluation_mode, measure_cost
+from compress_uq.cost import evaluation_mode
 from compress_uq.data import ImageDataset
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.models import as_logits
 from compress_uq.stages import Origin
-from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.base import Method, Trained, describe_networks
 from compress_uq.uq.members import Members, Networks
 
 __all__ = ["Ensemble"]
@@ -105,15 +105,7 @@ class Ensemble(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """As many passes as members."""
-        cost = measure_cost(model, origin.example(model, self.name).shape[1:])
-        dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
-        return {
-            "method": self.name,
-            "samples": self.networks,
-            "macs": self.networks * cost.macs,
-            "share_of_dense_pass": self.networks * cost.macs / dense,
-            "stored_bytes": self.networks * cost.size_bytes,
-        }
+        return describe_networks(self.name, self.networks, model, origin)
 
 
 def _refuse_strangers(models: Sequence[nn.Module], origin: Origin) -> None:
