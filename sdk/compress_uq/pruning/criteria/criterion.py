@@ -97,8 +97,6 @@ class Criterion(ABC):
     """A rule for which channels go; a frozen dataclass whose fields are its options."""
 
     name: ClassVar[str]
-    training_share: ClassVar[float] = 0.6
-    """Of a run's epochs, what choosing takes where it trains; the rest is the fine-tuning of what is left."""
     sizes_itself: ClassVar[bool] = False
     """It can decide how many channels go, when neither sparsity nor target does."""
 
@@ -106,6 +104,11 @@ class Criterion(ABC):
     def trains(self) -> bool:
         """Whether it changes the weights while it chooses, so that it needs epochs and a train split."""
         return False
+
+    @property
+    def training_share(self) -> float:
+        """Of a run's epochs, what choosing takes where it trains; the rest is the fine-tuning of what is left."""
+        return 0.6
 
     @abstractmethod
     def scores(self, groups: Sequence[Group], evidence: Evidence) -> list[Tensor]:

@@ -55,6 +55,9 @@ class ResRep(Criterion):
     """Share of the run after which all channels that go are masked; their number grows linearly up to there."""
     interval: float = 0.002
     """Share of the run between two choices of channels."""
+    share: float = 0.6
+    """Of a run's epochs, those with compactors; the rest is fine-tuning, which begins with a high learning rate again.
+    With 1 there is none, for methods that need no training of their own."""
     inner: bool = False
     """Only channels that one layer alone makes go, as in the source; those of residual streams stay."""
     budget: str = "layer"
@@ -73,6 +76,8 @@ class ResRep(Criterion):
             raise InputError(f"warmup={self.warmup}, growth={self.growth}: expected 0 <= warmup <= growth <= {_FREEZE}")
         if not 0 < self.interval <= _FREEZE:
             raise InputError(f"interval={self.interval}: expected above 0, at most {_FREEZE}")
+        if not 0 < self.share <= 1:
+            raise InputError(f"share={self.share}: expected above 0, at most 1")
         if self.budget not in _BUDGETS:
             raise UnknownNameError("budget", self.budget, _BUDGETS)
 
@@ -80,6 +85,11 @@ class ResRep(Criterion):
     def trains(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def training_share(self) -> float:
+        """As configured."""
+        return self.share
 
     def scores(self, groups: Sequence[Group], evidence: Evidence) -> list[Tensor]:
         """Has none.
