@@ -6,9 +6,11 @@ from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
 from compress_uq.report.precision import PrecisionCard, compare_precisions
+from compress_uq.report.remeasured import Check, compare_column
 
 __all__ = [
     "DECISIONS",
+    "Check",
     "Cost",
     "Evaluation",
     "PrecisionCard",
@@ -16,6 +18,7 @@ __all__ = [
     "Requirement",
     "broken",
     "class_changes",
+    "compare_column",
     "compare_precisions",
     "evaluate",
     "layer_pages",
