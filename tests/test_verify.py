@@ -183,7 +183,7 @@ def other_answers(measured, **fields):
     prediction = measured.prediction._replace(**fields)
     figures = cuq.metrics.classification_metrics(prediction.probabilities, measured.labels, prediction.uncertainty)
     metrics = {name: cuq.metrics.Figure(v, v, v) for name, v in figures.items()}
-    return replace(measured, prediction=prediction, metrics=metrics, ood={}, ood_scores={}, per_class={}, decisions={})
+    return replace(measured, prediction=prediction, metrics=metrics, ood={}, ood_scores={}, decisions={})
 
 
 def test_tolerances(bundle_folder, digits):

@@ -83,7 +83,8 @@ def agree(got: Answers, wanted: Answers, rules: Mapping[str, Rule]) -> str:
             if (a != b)[_clear(rules[name], name, got, wanted)].any():
                 raise GateError(f"{name} differs where nothing is near the threshold")
             continue
-        difference = float(np.abs(a.astype(np.float64) - b).max())
+        with np.errstate(invalid="ignore"):
+            difference = float(np.abs(a.astype(np.float64) - b).max())
         allowed = TOLERANCE * (1 if name in _IN_UNIT else 10 * max(1.0, float(np.abs(b).max())))
         if not difference <= allowed:
             raise GateError(f"{name} differs by {difference:.3g}, allowed {allowed:.3g}")

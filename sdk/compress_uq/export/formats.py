@@ -36,10 +36,14 @@ def check_formats(proto: onnx.ModelProto, recorded: Mapping[str, Any]) -> str:
             f"{sorted(behind)[0]}, behind the logits, is not float32: entropies become NaN in "
             "float16 and mutual information loses its order in integers"
         )
-    found = _halves(proto) if precision == "fp16" else _quantised(proto, recorded["quantization"]["symmetric"])
+    found = _halves(proto) if precision == "fp16" else _quantised(proto, _symmetric(recorded))
     if not found:
         raise GateError(f"the file says {precision}, and no weight is stored so")
     return f"{found}; float32 from the logits on"
+
+
+def _symmetric(recorded: Mapping[str, Any]) -> bool:
+    return bool((recorded.get("quantization") or {}).get("symmetric"))
 
 
 def _short(proto: onnx.ModelProto) -> set[str]:
