@@ -111,7 +111,7 @@ def test_a_file_that_is_not_ours_or_not_whole(place, tmp_path, name):
     place(f"evaluate {file} --data digits", file)
     place(f"verify {file}", file)
     place(f"export {file} --to triton --out repository", file)
-    if name not in ("torn", "frozen", "garbled"):  # these run, as far as the predictor sees
+    if name != "frozen":  # it runs, on some batches
         with pytest.raises(ArtifactError, match=file):
             cuq.OnnxPredictor(tmp_path / file)
 
@@ -128,7 +128,7 @@ def test_a_bundle_that_was_changed(place, name):
     [
         ("predict good no.png", ["no.png"]),
         ("predict good none.png", ["none.png"]),
-        ("predict good x.png --mean 0.1,0.2 --std 0.5", ["2"]),
+        ("predict good x.png --mean 0.1,0.2 --std 0.5", ["mean has 2 values"]),
         ("predict good x.png --mean a --std 0.5", ["--mean 'a'"]),
         ("predict good.onnx x.png --std 0", ["std"]),
         ("evaluate good.onnx --data user_data:colour", ["(20, 3, 8, 8)", "expected (N, 1, 8, 8)"]),

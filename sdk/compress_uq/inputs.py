@@ -128,7 +128,8 @@ def load_recorded_data(
         "input_shape": file.image_shape, "ood": ood,
     }  # fmt: skip
     splits = load_splits(known, reserve=False, **given)
-    if recorded.get("reserved_data") != splits.info.fingerprint:
+    reserved = recorded.get("reserved_data")
+    if reserved is None or reserved != splits.info.fingerprint:
         return splits
     return load_splits(known, reserve=True, **given)
 

@@ -137,25 +137,14 @@ class OnnxPredictor:
         self.input_shape: tuple[int, ...] = tuple(first.shape[1:])
         """Of one image as it is fed: (C, H, W), and (H, W, C) for a file that takes pixels."""
         self.takes_pixels = first.type == "tensor(uint8)"
+        self.metadata: Mapping[str, Any] = self._recorded()
+        """What the exporter recorded: labels, normalisation, method, sampling, versions."""
         self._brightest = self._limit()
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image as it is fed."""
         return (self.input_shape[-1], *self.input_shape[:-1]) if self.takes_pixels else self.input_shape
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What the exporter recorded: labels, normalisation, method, sampling, versions."""
-        recorded = self._session.get_modelmeta().custom_metadata_map
-        try:
-            return {
-                key.removeprefix(METADATA_PREFIX): json.loads(value)
-                for key, value in recorded.items()
-                if key.startswith(METADATA_PREFIX)
-            }
-        except ValueError as error:
-            raise ArtifactError(f"the metadata of {self.path} are damaged: {error}") from error
 
     def __call__(self, images: np.ndarray, seed: np.ndarray | Sequence[int] | None = None) -> Prediction:
         """Images to a `Prediction` of arrays.
@@ -169,7 +158,10 @@ class OnnxPredictor:
                 that is missing or not wanted.
             ArtifactError: onnxruntime cannot run the file on them.
         """
-        array = np.asarray(images)
+        try:
+            array = np.asarray(images)
+        except ValueError as error:
+            raise InputError(f"images are no array: {error}") from error
         if array.ndim != 1 + len(self.input_shape) or array.shape[1:] != self.input_shape:
             raise InputError(f"images of shape {array.shape}: expected (N, {', '.join(map(str, self.input_shape))})")
         if not len(array):
@@ -206,9 +198,23 @@ class OnnxPredictor:
             )
         return np.ascontiguousarray(array, dtype=np.float32)
 
+    def _recorded(self) -> dict[str, Any]:
+        """The metadata that are ours, without their prefix."""
+        found = self._session.get_modelmeta().custom_metadata_map
+        ours = {key.removeprefix(METADATA_PREFIX): value for key, value in found.items() if METADATA_PREFIX in key}
+        missing = sorted({"input", "labels", "sampling"} - set(ours))
+        if missing:
+            raise ArtifactError(
+                f"{self.path} was not exported by compress-uq, or was edited: its metadata lack {', '.join(missing)}"
+            )
+        try:
+            return {key: json.loads(value) for key, value in ours.items()}
+        except ValueError as error:
+            raise ArtifactError(f"the metadata of {self.path} are damaged: {error}") from error
+
     def _limit(self) -> float:
         """What no normalised image comes near; infinite where the normalisation is not known."""
-        recorded = self.metadata.get("input", {})
+        recorded = self.metadata["input"]
         mean, std = recorded.get("mean"), recorded.get("std")
         if mean is None or std is None:
             return float("inf")

@@ -1,4 +1,4 @@
-"""The order of casts and transposes in a float16 graph, which onnxruntime's optimiser for CPUs does not always survive."""
+"""Casts and transposes of a float16 graph in an order that onnxruntime's optimiser for CPUs survives."""
 
 from __future__ import annotations
 
