@@ -43,12 +43,14 @@ def verify(
         note("The card was not measured again: pass --data for that.")
 
 
-def _splits(bundle: Path, data: str, ood: list[str] | None, **where: Any) -> cuq.Splits:
+def _splits(bundle: Path, data: str, ood: list[str] | None, arch: str | None, where: Mapping[str, Any]) -> cuq.Splits:
     """The data that the card was measured on, its out-of-distribution sets among them where their names tell enough."""
     if not bundle.is_dir():
         raise cuq.InputError(f"{bundle} has no report card beside it: give its bundle, or measure it with evaluate")
     cuq.verify_files(bundle)
     card = loads((bundle / "report.json").read_bytes())
+    if "recalibration" in card["recipe"]:
+        return cuq.load_new_data(cuq.Bundle.load(bundle, arch=arch), data, **where)
     known = {*cuq.data.DATASETS.names, *cuq.data.MADE_SETS.names}
     recorded = [name for name in card["onnx"]["ood"] if name in known]
     file = cuq.OnnxPredictor(bundle / "model.onnx")
