@@ -393,4 +393,4 @@ def test_only_what_is_transposed_alone_is_turned():
     assert [n.op_type for n in proto.graph.node] == ["Transpose", "Cast", "Cast", "Transpose", "MatMul", "MatMul"]
     x = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
     after = session(proto.SerializeToString(), optimise=False)
-    assert np.array_equal(before.run(None, {"x": x})[0], after.run(None, {"x": x})[0])
+    assert np.allclose(before.run(None, {"x": x})[0], after.run(None, {"x": x})[0], rtol=5e-3)

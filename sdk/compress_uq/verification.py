@@ -70,24 +70,17 @@ def verify(
         ArtifactError: it cannot be read, or a file of the bundle was changed.
         InputError: data for a file that has no card.
     """
-    checks: dict[str, Check] = {}
-    if isinstance(artifact, Bundle):
-        bundle: Bundle | None = artifact
-    elif Path(artifact).is_dir():
-        bundle = Bundle.load(artifact, model=model, arch=arch)
-        checks["hashes"] = Check("every file matches the manifest", True)
-    else:
-        bundle = None
-        if not Path(artifact).exists():
-            raise ArtifactError(f"{artifact}: no such bundle or file")
-        if data is not None:
-            raise InputError(f"{artifact} has no report card beside it: give its bundle, or measure it with evaluate")
     name = "the bundle" if isinstance(artifact, Bundle) else os.fspath(artifact)
-    content = read_model(Path(name)) if bundle is None else bundle.onnx
+    bundle = _bundle(artifact, model, arch)
+    if bundle is None and data is not None:
+        raise InputError(f"{name} has no report card beside it: give its bundle, or measure it with evaluate")
+    content = read_model(name) if bundle is None else bundle.onnx
     try:
         given = open_graph(content, None if bundle is None else bundle.uncertain)
     except ArtifactError as error:
         raise ArtifactError(f"{name}: {error}") from error
+    read = bundle is not None and bundle is not artifact
+    checks = {"hashes": Check("every file matches the manifest", True)} if read else {}
     if bundle is not None:
         checks |= _belongs(bundle, given)
     if bundle is not None and data is not None:
@@ -100,6 +93,19 @@ def verify(
     if not _sound(checks):
         raise VerificationError(f"{name}: {_told(checks)}", checks)
     return Verification(checks)
+
+
+def _bundle(
+    artifact: str | os.PathLike[str] | Bundle, model: nn.Module | Callable[[], nn.Module] | None, arch: str | None
+) -> Bundle | None:
+    """The bundle, read and its hashes checked where it is a folder; None for a file."""
+    if isinstance(artifact, Bundle):
+        return artifact
+    if Path(artifact).is_dir():
+        return Bundle.load(artifact, model=model, arch=arch)
+    if not Path(artifact).exists():
+        raise ArtifactError(f"{artifact}: no such bundle or file")
+    return None
 
 
 def _sound(checks: Mapping[str, Check]) -> bool:
