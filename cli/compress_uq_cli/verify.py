@@ -31,7 +31,8 @@ def verify(
     """Check hashes, every gate and parity with torch, and with --data the card; exit 2 when something does not hold."""
     splits = None
     if data is not None:
-        splits = _splits(bundle, data, ood, root=data_root, mean=o.numbers(mean, "--mean"), std=o.numbers(std, "--std"))
+        normalisation = {"mean": o.numbers(mean, "--mean"), "std": o.numbers(std, "--std")}
+        splits = _splits(bundle, data, ood, arch, {"root": data_root, **normalisation})
     try:
         with progress() as callback:
             result = cuq.verify(bundle, data=splits, arch=arch, progress=callback)
