@@ -1,5 +1,7 @@
 """The command line: what it does, what it prints where, and how it ends on every likely wrong input."""
 
+import csv
+import io
 import json
 import shutil
 import signal
@@ -179,7 +181,7 @@ def test_export_verify_and_predict(command, bundle_folder, tmp_path):
         assert code == 0, err
     code, out, err = command("verify", bundle_folder, "--json")
     assert code == 0
-    assert json.loads(out)["parity"].startswith("largest difference")
+    assert json.loads(out)["parity"]["found"].startswith("largest difference")
     from sklearn.datasets import load_digits
 
     for i, pixels in enumerate(load_digits().images[:3]):
@@ -193,6 +195,27 @@ def test_export_verify_and_predict(command, bundle_folder, tmp_path):
     code, _, err = command("export", bundle_folder, "--out", "fixed.onnx")
     assert code == 2
     assert "--overwrite" in one_line(err)
+
+
+def test_predict_takes_folders_and_writes_csv(command, bundle_folder, tmp_path):
+    random = np.random.default_rng(0)
+    for number in range(40):  # more than are read together
+        file = tmp_path / "images" / f"part{number % 2}" / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8)).astype(np.uint8)).save(file)
+    Image.fromarray(np.zeros((12, 9, 3), np.uint8)).save(tmp_path / "one.jpg")
+    code, out, err = command("predict", bundle_folder, "one.jpg", "images", "--csv")
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO(out)))
+    files = sorted(f"images/part{n % 2}/{n:02}.png" for n in range(40))
+    assert [row["file"] for row in rows] == ["one.jpg", *files]
+    told = json.loads(command("predict", bundle_folder, "one.jpg", "images", "--json")[1])
+    assert [{name: str(value) for name, value in answer.items()} for answer in told] == rows
+    (tmp_path / "empty").mkdir()
+    for wrong, message in ((["empty"], "holds no images"), (["one.jpg", "--csv", "--json"], "choose one")):
+        code, out, err = command("predict", bundle_folder, *wrong)
+        assert (code, out) == (2, "")
+        assert message in one_line(err)
 
 
 def test_verify_says_what_does_not_hold(command, bundle_folder, tmp_path):

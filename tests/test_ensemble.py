@@ -128,7 +128,7 @@ def test_it_is_saved_loaded_and_verified(of_one, tmp_path):
     back, images = cuq.Bundle.load(folder), torch.randn(3, *SHAPE)
     assert all(torch.equal(a, b) for a, b in zip(bundle.model(images)[:8], back.model(images)[:8], strict=True))
     assert back.model.method == Ensemble(3)
-    assert cuq.verify(folder).checks["members"].startswith("variance")
+    assert cuq.verify(folder).checks["members"].found.startswith("variance")
     onnx = cuq.OnnxPredictor(folder / "model.onnx")(images.numpy())
     assert np.allclose(onnx.mutual_information, bundle.model(images).mutual_information, atol=1e-5)
 

@@ -39,7 +39,7 @@ def evaluate(
         if artifact.is_dir():
             cuq.verify_files(artifact)
         model = cuq.OnnxPredictor(onnx)
-        splits = _splits_of_onnx(model, data, where, normalisation)
+        splits = cuq.load_recorded_data(model, data, **where, **normalisation)
     else:
         opened = cuq.open_model_and_data(
             artifact,
@@ -67,22 +67,3 @@ def evaluate(
     show_table(f"{artifact} on {splits.info.name}, {len(measured.labels)} images", ["", "value", "95 %"], rows)
     if json:
         print_json(measured.to_json())
-
-
-def _splits_of_onnx(
-    model: cuq.OnnxPredictor, data: str | None, where: dict[str, Any], normalisation: dict[str, Any]
-) -> cuq.Splits:
-    recorded = model.metadata
-    name = data or recorded.get("data")
-    if name is None:
-        raise cuq.InputError(f"{model.path} does not record its data: pass --data")
-    if data is None and ":" in name:
-        raise cuq.InputError(
-            f"{model.path} names the data {name!r}, which is not imported on its own: pass --data {name}"
-        )
-    mean, std = (normalisation[k] or recorded["input"][k] for k in ("mean", "std"))
-    given: dict[str, Any] = {"mean": mean, "std": std, "input_shape": model.image_shape, **where}
-    splits = cuq.load_splits(name, reserve=False, **given)
-    if recorded.get("reserved_data") != splits.info.fingerprint:
-        return splits
-    return cuq.load_splits(name, reserve=True, **given)

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except cuq.errors.RequirementNotMetError as error:
         complain(str(error))
         return 1
-    except (cuq.errors.InputError, cuq.errors.MissingDependencyError) as error:
+    except (cuq.errors.InputError, cuq.errors.MissingDependencyError, cuq.errors.GateError) as error:
         complain(str(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):

@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     from compress_uq.deciding import decide
     from compress_uq.errors import CompressUQError, InputError
     from compress_uq.export import TritonOptions, export_onnx, export_triton
-    from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
+    from compress_uq.inputs import (
+        configure_method,
+        initial_model,
+        load_recorded_data,
+        open_model_and_data,
+        train_dense,
+    )
     from compress_uq.layer_sensitivity import Sensitivity, sensitivity
     from compress_uq.listing import catalogue
     from compress_uq.models import Architecture, build_model, load_model, read_checkpoint, save_model
@@ -49,7 +55,7 @@ if TYPE_CHECKING:
     from compress_uq.study import Study, StudyResult, plan_study, read_study, run_study
     from compress_uq.types import Prediction
     from compress_uq.uncertain import UncertainModel
-    from compress_uq.verification import verify
+    from compress_uq.verification import Verification, verify
 
 _HOME = {
     "Architecture": "models",
@@ -73,6 +79,7 @@ _HOME = {
     "TrainingConfig": "config",
     "TritonOptions": "export",
     "UncertainModel": "uncertain",
+    "Verification": "verification",
     "build_model": "models",
     "calibrate": "steps",
     "catalogue": "listing",
@@ -91,6 +98,7 @@ _HOME = {
     "initial_model": "inputs",
     "load_model": "models",
     "load_new_data": "recalibration",
+    "load_recorded_data": "inputs",
     "load_splits": "data",
     "mask_weights": "pruning",
     "open_model_and_data": "inputs",
@@ -150,6 +158,7 @@ __all__ = [
     "TrainingConfig",
     "TritonOptions",
     "UncertainModel",
+    "Verification",
     "__version__",
     "build_model",
     "calibrate",
@@ -173,6 +182,7 @@ __all__ = [
     "initial_model",
     "load_model",
     "load_new_data",
+    "load_recorded_data",
     "load_splits",
     "mask_weights",
     "metrics",

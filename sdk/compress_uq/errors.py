@@ -10,15 +10,17 @@ CompressUQError
 │   ├── CalibrationError    nothing to calibrate with
 │   ├── DecisionError       a risk or coverage that the images cannot certify
 │   └── ArtifactError       a bundle or an .onnx file that is damaged, foreign or does not keep its promises
+│       └── VerificationError  it was read, and `verify` found what does not hold
 ├── MissingDependencyError  an optional library that is not installed, or two that clash
-├── GateError               an exported graph failed a gate: the file was not kept
+├── GateError               an exported graph failed a gate: the file was not kept (exit code 2)
 └── RequirementNotMetError  a figure of the report card misses what `--require` asked for (exit code 1)
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 __all__ = [
     "ArtifactError",
@@ -34,6 +36,7 @@ __all__ = [
     "RequirementNotMetError",
     "UncertaintyError",
     "UnknownNameError",
+    "VerificationError",
 ]
 
 
@@ -82,6 +85,14 @@ class DecisionError(InputError):
 
 class ArtifactError(InputError):
     """A bundle or exported file that is damaged, foreign, or does not keep its promises."""
+
+
+class VerificationError(ArtifactError):
+    """An artifact that was read and does not keep a promise; `checks` holds everything that was looked at."""
+
+    def __init__(self, message: str, checks: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.checks = checks
 
 
 class MissingDependencyError(CompressUQError, ImportError):

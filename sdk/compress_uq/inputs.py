@@ -17,11 +17,20 @@ from compress_uq.errors import InputError
 from compress_uq.models import Architecture, Checkpoint, DataRecord, load_model, open_model_file, save_model
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import Schedule
+from compress_uq.runtime import OnnxPredictor
 from compress_uq.shrinking import parts_of
 from compress_uq.steps import FinetuneResult, finetune, resolve_method
 from compress_uq.uq import METHODS, Method
 
-__all__ = ["FIELD_OF", "ModelAndData", "configure_method", "initial_model", "open_model_and_data", "train_dense"]
+__all__ = [
+    "FIELD_OF",
+    "ModelAndData",
+    "configure_method",
+    "initial_model",
+    "load_recorded_data",
+    "open_model_and_data",
+    "train_dense",
+]
 
 FIELD_OF = {"dropout": "p", "dropout_at": "at", "dropout_kind": "kind"}
 """Fields of methods by the names of their options on the command line, where these differ."""
@@ -86,6 +95,43 @@ def open_model_and_data(
     if known is not None and labels is not None and len(known) != len(labels):
         raise InputError(f"{path} has {len(known)} classes and {name} has {len(labels)}: they do not belong together")
     return ModelAndData(checkpoint, splits)
+
+
+def load_recorded_data(
+    file: OnnxPredictor,
+    name: str | None = None,
+    *,
+    root: str | Path = "data",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    ood: Sequence[str] = (),
+) -> Splits:
+    """The splits to measure an exported file on; what it records fills in what is left out.
+
+    Of data a fifth of whose test split calibrated the file, `test` is the rest.
+
+    Args:
+        file: where name, normalisation and image shape are read.
+        name, root, mean, std, ood: as in `load_splits`.
+
+    Raises:
+        InputError: whatever does not fit.
+    """
+    recorded = file.metadata
+    known = name or recorded.get("data")
+    if known is None:
+        raise InputError(f"{file.path} does not record its data: pass --data")
+    if name is None and ":" in known:
+        raise InputError(f"{file.path} names the data {known!r}, which is not imported on its own: pass --data {known}")
+    given: dict[str, Any] = {
+        "root": root, "mean": mean or recorded["input"]["mean"], "std": std or recorded["input"]["std"],
+        "input_shape": file.image_shape, "ood": ood,
+    }  # fmt: skip
+    splits = load_splits(known, reserve=False, **given)
+    reserved = recorded.get("reserved_data")
+    if reserved is None or reserved != splits.info.fingerprint:
+        return splits
+    return load_splits(known, reserve=True, **given)
 
 
 def configure_method(

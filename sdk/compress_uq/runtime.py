@@ -22,9 +22,14 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("onnxruntime is missing: pip install onnxruntime-gpu (or onnxruntime)") from _error
 
-__all__ = ["OnnxPredictor", "quantisation_tools", "session", "survives_loading"]
+__all__ = ["OnnxPredictor", "quantisation_tools", "read_model", "session", "survives_loading"]
 
 METADATA_PREFIX = "compress_uq."
+_CPU = "CPUExecutionProvider"
+_LARGEST = 2**31
+
+_FAR = 10
+"""Normalised images may be brighter than any pixel, as noise is; pixels from 0 to 255 are further off than that."""
 
 
 def session(
@@ -41,7 +46,7 @@ def session(
     """
     available = onnxruntime.get_available_providers()
     _refuse_clash(available)
-    wanted = list(providers or ["CPUExecutionProvider"])
+    wanted = list(providers or [_CPU])
     for provider in wanted:
         if provider not in available:
             raise MissingDependencyError(f"provider {provider!r} is not there: onnxruntime has {', '.join(available)}")
@@ -52,7 +57,32 @@ def session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=wanted)
+    made = onnxruntime.InferenceSession(model, options, providers=wanted)
+    idle = set(wanted) - set(made.get_providers())
+    if idle and _CPU not in wanted:
+        raise MissingDependencyError(
+            f"provider {min(idle)!r} is installed and does not start on this machine: check its driver and libraries, "
+            f"or name {_CPU!r} behind it to accept that"
+        )
+    return made
+
+
+def read_model(path: str | os.PathLike[str]) -> bytes:
+    """The content of an .onnx file.
+
+    Raises:
+        ArtifactError: no such file, larger than one ONNX file can be, or not readable.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ArtifactError(f"{path}: no such file" + (", but a folder" if file.is_dir() else ""))
+    size = file.stat().st_size
+    if size >= _LARGEST:
+        raise ArtifactError(f"{path} has {size / 1e9:.1f} GB: one ONNX file holds under 2 GB; prune more")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def survives_loading(content: bytes) -> bool:
@@ -76,7 +106,7 @@ class OnnxPredictor:
 
     Raises:
         ArtifactError: no such file, not ONNX, or not exported by compress-uq.
-        MissingDependencyError: a provider that is not there.
+        MissingDependencyError: a provider that is not there, or does not start and the CPU was not named beside it.
     """
 
     def __init__(
@@ -87,10 +117,9 @@ class OnnxPredictor:
         threads: int | None = None,
     ) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise ArtifactError(f"{self.path}: no such file")
+        content = read_model(path)
         try:
-            self._session = session(self.path.read_bytes(), providers=providers, threads=threads)
+            self._session = session(content, providers=providers, threads=threads)
         except (MissingDependencyError, InputError):
             raise
         except Exception as error:  # onnxruntime's errors have no common type
@@ -100,26 +129,22 @@ class OnnxPredictor:
         if names[: len(OUTPUT_NAMES)] != OUTPUT_NAMES:
             raise ArtifactError(f"{self.path} was not exported by compress-uq: its outputs are {', '.join(names)}")
         self._outputs = names
-        self.seeded = [i.name for i in self._session.get_inputs()] == ["images", "seed"]
+        inputs = [i.name for i in self._session.get_inputs()]
+        if inputs not in (["images"], ["images", "seed"]):
+            raise ArtifactError(f"{self.path} was not exported by compress-uq: its inputs are {', '.join(inputs)}")
+        self.seeded = len(inputs) == 2
         first = self._session.get_inputs()[0]
         self.input_shape: tuple[int, ...] = tuple(first.shape[1:])
         """Of one image as it is fed: (C, H, W), and (H, W, C) for a file that takes pixels."""
         self.takes_pixels = first.type == "tensor(uint8)"
+        self.metadata: Mapping[str, Any] = self._recorded()
+        """What the exporter recorded: labels, normalisation, method, sampling, versions."""
+        self._brightest = self._limit()
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image as it is fed."""
         return (self.input_shape[-1], *self.input_shape[:-1]) if self.takes_pixels else self.input_shape
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """What the exporter recorded: labels, normalisation, method, sampling, versions."""
-        recorded = self._session.get_modelmeta().custom_metadata_map
-        return {
-            key.removeprefix(METADATA_PREFIX): json.loads(value)
-            for key, value in recorded.items()
-            if key.startswith(METADATA_PREFIX)
-        }
 
     def __call__(self, images: np.ndarray, seed: np.ndarray | Sequence[int] | None = None) -> Prediction:
         """Images to a `Prediction` of arrays.
@@ -129,20 +154,30 @@ class OnnxPredictor:
             seed: (N,) int64, for a file exported with `sampling="seeded"` and only for it.
 
         Raises:
-            InputError: another shape or dtype, NaN, or a seed that is missing or not wanted.
+            InputError: no image, another shape or dtype, NaN, pixels where normalised images are expected, or a seed
+                that is missing or not wanted.
+            ArtifactError: onnxruntime cannot run the file on them.
         """
-        array = np.asarray(images)
+        try:
+            array = np.asarray(images)
+        except ValueError as error:
+            raise InputError(f"images are no array: {error}") from error
         if array.ndim != 1 + len(self.input_shape) or array.shape[1:] != self.input_shape:
             raise InputError(f"images of shape {array.shape}: expected (N, {', '.join(map(str, self.input_shape))})")
+        if not len(array):
+            raise InputError("no image was given: expected one or more")
         feed = {"images": self._pixels(array) if self.takes_pixels else self._normalised(array)}
         if self.seeded != (seed is not None):
             wanted = "a seed per image: pass seed, int64 of shape (N,)" if self.seeded else "no seed: leave it out"
             raise InputError(f"{self.path.name} takes {wanted}")
         if seed is not None:
-            feed["seed"] = np.asarray(seed, dtype=np.int64)
-            if feed["seed"].shape != (len(array),):
-                raise InputError(f"seed of shape {feed['seed'].shape}: expected ({len(array)},), one per image")
-        answers = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
+            feed["seed"] = _seeds(seed, len(array))
+        try:
+            found = self._session.run(None, feed)
+        except Exception as error:  # onnxruntime's errors have no common type
+            reason = str(error).strip().splitlines()[0]
+            raise ArtifactError(f"{self.path} cannot be run on {len(array)} images: {reason}") from error
+        answers = dict(zip(self._outputs, found, strict=True))
         return Prediction(**{name: answers.get(name) for name in Prediction._fields})
 
     def _pixels(self, array: np.ndarray) -> np.ndarray:
@@ -155,7 +190,45 @@ class OnnxPredictor:
             raise InputError(f"images of dtype {array.dtype}: expected float32, normalised as in `metadata`")
         if not np.isfinite(array).all():
             raise InputError("images hold NaN or infinite values")
+        largest = max(float(array.max()), -float(array.min()))
+        if largest > self._brightest:
+            raise InputError(
+                f"images reach {largest:.4g}: expected them normalised as in `metadata`, (pixel / 255 - mean) / std, "
+                f"which is within {self._brightest / _FAR:.3g}"
+            )
         return np.ascontiguousarray(array, dtype=np.float32)
+
+    def _recorded(self) -> dict[str, Any]:
+        """The metadata that are ours, without their prefix."""
+        found = self._session.get_modelmeta().custom_metadata_map
+        ours = {key.removeprefix(METADATA_PREFIX): value for key, value in found.items() if METADATA_PREFIX in key}
+        missing = sorted({"input", "labels", "sampling"} - set(ours))
+        if missing:
+            raise ArtifactError(
+                f"{self.path} was not exported by compress-uq, or was edited: its metadata lack {', '.join(missing)}"
+            )
+        try:
+            return {key: json.loads(value) for key, value in ours.items()}
+        except ValueError as error:
+            raise ArtifactError(f"the metadata of {self.path} are damaged: {error}") from error
+
+    def _limit(self) -> float:
+        """What no normalised image comes near; infinite where the normalisation is not known."""
+        recorded = self.metadata["input"]
+        mean, std = recorded.get("mean"), recorded.get("std")
+        if mean is None or std is None:
+            return float("inf")
+        return _FAR * float(np.max(np.abs([(np.subtract(v, mean)) / np.asarray(std) for v in (0.0, 1.0)])))
+
+
+def _seeds(given: np.ndarray | Sequence[int], count: int) -> np.ndarray:
+    """One whole number per image (N,) int64."""
+    seeds = np.asarray(given)
+    if seeds.dtype.kind not in "iu":
+        raise InputError(f"seed of dtype {seeds.dtype}: expected int64")
+    if seeds.shape != (count,):
+        raise InputError(f"seed of shape {seeds.shape}: expected ({count},), one per image")
+    return seeds.astype(np.int64)
 
 
 def _refuse_clash(available: Sequence[str]) -> None:

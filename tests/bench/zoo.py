@@ -205,7 +205,6 @@ Command: `python tests/bench/zoo.py`. torch {torch.__version__}, torchvision {to
 - **trains**: forward and backward in training mode, every parameter with a finite gradient, auxiliary heads included.
 - **loads**: rebuilt from structure and weights in a fresh process; answers equal bit by bit.
 - **ONNX**: method, members (MC dropout: 4 that cost two dense passes at most), and the largest difference of any output to torch with the same masks.
-  With random weights AlexNet's answers hardly depend on its dropout: its members differ by 1e-6, which a gate refuses.
 
 | model | side | M params | pruned | MACs | layers | CPU s | oracle | trains | loads | ONNX |
 |---|---|---|---|---|---|---|---|---|---|---|

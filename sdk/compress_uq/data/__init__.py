@@ -2,7 +2,7 @@
 
 from compress_uq.data.augment import AUGMENTATIONS, Augmentation
 from compress_uq.data.dividing import SMALLEST_PART, balanced_sample, divide, set_aside
-from compress_uq.data.folders import read_images
+from compress_uq.data.folders import image_files, read_images
 from compress_uq.data.images import ImageTensors, as_pixels, batches, check_labels, fit_images
 from compress_uq.data.loading import check_data_names, hold_out, load_splits
 from compress_uq.data.named import DATASETS
@@ -36,6 +36,7 @@ __all__ = [
     "fit_images",
     "hold_out",
     "identical_images",
+    "image_files",
     "labels_of",
     "load_splits",
     "ood_set",

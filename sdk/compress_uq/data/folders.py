@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from compress_uq.data.images import Normalisation
+from compress_uq.data.images import Normalisation, check_normalisation
 from compress_uq.errors import DataError
 
 __all__ = ["ImageFiles", "class_folders", "image_files", "read_images", "shape_of_images"]
@@ -29,6 +29,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, files: list[Path], targets: list[int], shape: tuple[int, ...], normalisation: Normalisation
     ) -> None:
+        check_normalisation(normalisation, shape[0])
         self.files, self.targets = files, targets
         self._mode = "L" if shape[0] == 1 else "RGB"
         self._transform = transforms.Compose(

@@ -18,6 +18,19 @@ __all__ = ["ImageTensors", "Normalisation", "as_pixels", "batches", "fit_images"
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 
+def check_normalisation(normalisation: Normalisation, channels: int) -> None:
+    """Refuse what images of so many channels cannot be normalised with.
+
+    Raises:
+        DataError: another number of values, or a standard deviation that is not above 0.
+    """
+    for name, values in zip(("mean", "std"), normalisation, strict=True):
+        if len(values) not in (1, channels):
+            raise DataError(f"{name} has {len(values)} values: the images have {channels} channels")
+    if not min(normalisation[1]) > 0:
+        raise DataError(f"std {', '.join(f'{v:g}' for v in normalisation[1])}: expected numbers above 0")
+
+
 class ImageTensors(Dataset[tuple[Tensor, int]]):
     """A data set in memory: uint8 pixels, normalised as they are read.
 
@@ -29,10 +42,7 @@ class ImageTensors(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, pixels: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
         self.pixels, self.labels = pixels, labels.long()
-        channels = pixels.shape[1]
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) not in (1, channels):
-                raise DataError(f"{name} has {len(values)} values: the images have {channels} channels")
+        check_normalisation((tuple(mean), tuple(std)), pixels.shape[1])
         self.mean, self.std = tuple(mean), tuple(std)
         self._mean = torch.tensor(mean).view(-1, 1, 1)
         self._std = torch.tensor(std).view(-1, 1, 1)

@@ -1,11 +1,25 @@
 """ONNX files: written, gated, and only then kept."""
 
-from compress_uq.export.gates import GATES, check_graph
+from compress_uq.export.feeds import gate_images
+from compress_uq.export.gates import GATES, GateInput, NotCompared, check_graph, open_graph, run_gate
 from compress_uq.export.onnx_file import ExportResult, export_onnx
 from compress_uq.export.triton import TritonOptions, export_triton
 from compress_uq.registry import Entry, Registry
 
-__all__ = ["EXPORTERS", "GATES", "ExportResult", "TritonOptions", "check_graph", "export_onnx", "export_triton"]
+__all__ = [
+    "EXPORTERS",
+    "GATES",
+    "ExportResult",
+    "GateInput",
+    "NotCompared",
+    "TritonOptions",
+    "check_graph",
+    "export_onnx",
+    "export_triton",
+    "gate_images",
+    "open_graph",
+    "run_gate",
+]
 
 EXPORTERS: Registry[str] = Registry(
     "exporter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,15 @@ from compress_uq.errors import GateError
 from compress_uq.registry import Registry
 from compress_uq.types import DECISION_NAMES
 
-__all__ = ["DECIDED_ON", "LIKENESS", "TOLERANCE", "Likeness", "agree", "alike"]
+__all__ = ["DECIDED_ON", "LIKENESS", "TOLERANCE", "Likeness", "agree", "alike", "drawn_alike"]
 
 Answers = Mapping[str, np.ndarray]
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between two ways of running one graph."""
+
+_SIGMAS = 8
+"""Averages over a few draws have wide tails."""
 
 _IN_UNIT = ("probabilities", "confidence", "variance")
 """Outputs between 0 and 1, held to the tolerance as it stands; the others to ten times that share of their size."""
@@ -45,7 +48,7 @@ LIKENESS = {"fp16": Likeness(0.01, 0.05), "int8": Likeness(0.1, 0.5)}
 """About four times what a CIFAR-10 ResNet-20 shows, and far less than what clipped ranges or a lost bias do."""
 
 
-def alike(gate: str, got: Answers, wanted: Answers, likeness: Likeness) -> str:
+def alike(got: Answers, wanted: Answers, likeness: Likeness) -> str:
     """Whether answers, by output, are as near as short numbers let them be; how near they are.
 
     Raises:
@@ -56,13 +59,13 @@ def alike(gate: str, got: Answers, wanted: Answers, likeness: Likeness) -> str:
     same = got["label"] == wanted["label"]
     flipped = ~same & (_margin(wanted["probabilities"]) > likeness.margin)
     if flipped.any():
-        raise GateError(f"gate {gate!r}: {int(flipped.sum())} of {len(p)} labels differ that are not close calls")
+        raise GateError(f"{int(flipped.sum())} of {len(p)} labels differ that are not close calls")
     if not moved <= likeness.moved:
-        raise GateError(f"gate {gate!r}: {moved:.3g} of the probability lies elsewhere, allowed {likeness.moved:g}")
+        raise GateError(f"{moved:.3g} of the probability lies elsewhere, allowed {likeness.moved:g}")
     return f"{moved:.2g} of the probability moved, {same.mean():.1%} of {len(p)} labels the same"
 
 
-def agree(gate: str, got: Answers, wanted: Answers, rules: Mapping[str, Rule]) -> str:
+def agree(got: Answers, wanted: Answers, rules: Mapping[str, Rule]) -> str:
     """Whether answers, by output, are the same but for rounding in float32; the largest difference.
 
     Raises:
@@ -74,18 +77,40 @@ def agree(gate: str, got: Answers, wanted: Answers, rules: Mapping[str, Rule]) -
         if name == "label":
             clear = _margin(wanted["probabilities"]) > 2 * TOLERANCE
             if (a != b)[clear].any():
-                raise GateError(f"gate {gate!r}: labels differ")
+                raise GateError("labels differ")
             continue
         if name in DECISION_NAMES:
             if (a != b)[_clear(rules[name], name, got, wanted)].any():
-                raise GateError(f"gate {gate!r}: {name} differs where nothing is near the threshold")
+                raise GateError(f"{name} differs where nothing is near the threshold")
             continue
-        difference = float(np.abs(a.astype(np.float64) - b).max())
+        with np.errstate(invalid="ignore"):
+            difference = float(np.abs(a.astype(np.float64) - b).max())
         allowed = TOLERANCE * (1 if name in _IN_UNIT else 10 * max(1.0, float(np.abs(b).max())))
         if not difference <= allowed:
-            raise GateError(f"gate {gate!r}: {name} differs by {difference:.3g}, allowed {allowed:.3g}")
+            raise GateError(f"{name} differs by {difference:.3g}, allowed {allowed:.3g}")
         worst = max(worst, difference)
     return f"largest difference {worst:.2g}"
+
+
+def drawn_alike(got: Sequence[Answers], wanted: Sequence[Answers]) -> str:
+    """Whether answers that are drawn anew at each call come from one distribution: their averages over calls.
+
+    Raises:
+        GateError: an average differs by more than chance lets it.
+    """
+    worst = 0.0
+    for name in ("confidence", "entropy", "mutual_information"):
+        a, b = (np.stack([answers[name] for answers in side]).astype(np.float64) for side in (got, wanted))
+        error = np.sqrt((a.var(0, ddof=1) + b.var(0, ddof=1)) / len(a))
+        difference = np.abs(a.mean(0) - b.mean(0))
+        far = difference > _SIGMAS * error + 10 * TOLERANCE
+        if far.any():
+            image = int(far.argmax())
+            raise GateError(
+                f"{name} of random samples is {a.mean(0)[image]:.3g} on average, expected {b.mean(0)[image]:.3g}"
+            )
+        worst = max(worst, float(difference.max()))
+    return f"averages over {len(got)} draws differ by at most {worst:.2g}"
 
 
 def _clear(rule: Rule, name: str, got: Answers, wanted: Answers) -> np.ndarray:

@@ -28,18 +28,22 @@ def check_formats(proto: onnx.ModelProto, recorded: Mapping[str, Any]) -> str:
     short = _short(proto)
     if precision == "fp32":
         if short:
-            raise GateError(f"gate 'precision': {sorted(short)[0]} is not float32, and the file says fp32")
+            raise GateError(f"{sorted(short)[0]} is not float32, and the file says fp32")
         return "float32 throughout"
     behind = _behind_logits(proto) & short
     if behind:
         raise GateError(
-            f"gate 'precision': {sorted(behind)[0]}, behind the logits, is not float32: entropies become NaN in "
+            f"{sorted(behind)[0]}, behind the logits, is not float32: entropies become NaN in "
             "float16 and mutual information loses its order in integers"
         )
-    found = _halves(proto) if precision == "fp16" else _quantised(proto, recorded["quantization"]["symmetric"])
+    found = _halves(proto) if precision == "fp16" else _quantised(proto, _symmetric(recorded))
     if not found:
-        raise GateError(f"gate 'precision': the file says {precision}, and no weight is stored so")
+        raise GateError(f"the file says {precision}, and no weight is stored so")
     return f"{found}; float32 from the logits on"
+
+
+def _symmetric(recorded: Mapping[str, Any]) -> bool:
+    return bool((recorded.get("quantization") or {}).get("symmetric"))
 
 
 def _short(proto: onnx.ModelProto) -> set[str]:
@@ -64,7 +68,7 @@ def _behind_logits(proto: onnx.ModelProto) -> set[str]:
     """
     behind = {LOGITS, FEATURES}
     if not any(LOGITS in node.output for node in proto.graph.node):
-        raise GateError(f"gate 'precision': the graph has no tensor {LOGITS!r}, where float32 begins")
+        raise GateError(f"the graph has no tensor {LOGITS!r}, where float32 begins")
     stored = {tensor.name for tensor in proto.graph.initializer}
     used: set[str] = set()
     for node in proto.graph.node:
@@ -73,7 +77,7 @@ def _behind_logits(proto: onnx.ModelProto) -> set[str]:
             used.update(stored.intersection(node.input))
     stray = [output.name for output in proto.graph.output if output.name not in behind]
     if stray:
-        raise GateError(f"gate 'precision': {', '.join(stray)} is not computed from the logits")
+        raise GateError(f"{', '.join(stray)} is not computed from the logits")
     return behind | used
 
 
@@ -96,5 +100,5 @@ def _quantised(proto: onnx.ModelProto, symmetric: bool) -> str:
         points = {n.input[2] for n in proto.graph.node if n.op_type in INTEGER_NODES and len(n.input) > 2}
         for name in sorted(points):
             if name in stored and numpy_helper.to_array(stored[name]).any():
-                raise GateError(f"gate 'precision': the zero point {name} is not 0: TensorRT takes no other")
+                raise GateError(f"the zero point {name} is not 0: TensorRT takes no other")
     return f"{len(integer)} of {len(operators)} operators in 8-bit integers" if integer else ""

@@ -14,20 +14,17 @@ import torch
 from compress_uq.data import Splits
 from compress_uq.errors import ArtifactError
 from compress_uq.export.body import assemble
+from compress_uq.export.feeds import gate_image_count
 from compress_uq.export.gates import check_graph
 from compress_uq.export.graph import add_metadata, describe, to_graph
 from compress_uq.export.layouts import LAYOUTS, Layout
 from compress_uq.export.precisions import PRECISIONS, calibration_images
 from compress_uq.export.refit import refit
-from compress_uq.predict import default_batch_size
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.storage import write_bytes
 from compress_uq.uncertain import UncertainModel
 
 __all__ = ["ExportResult", "export_onnx"]
-
-_COMPARED = 64
-"""Calibration images on which a file in short numbers is compared with torch, at most; fewer where they are large."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,8 @@ def export_onnx(
     folder = Path(path).parent
     if not folder.is_dir():
         raise ArtifactError(f"{path}: the folder {folder} is not there: make it first")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise ArtifactError(f"{path} cannot be written: name a file in a folder that can be written to")
     exported = copy.deepcopy(model).cpu().float()
     if sampling != exported.members.sampling:
         exported.members = exported.members.with_sampling(sampling)
@@ -113,5 +112,5 @@ def _compared(splits: Splits | None, layout: Layout) -> np.ndarray | None:
     """Calibration images for the gates, in the file's layout; None without splits."""
     if splits is None:
         return None
-    count = min(_COMPARED, max(4, default_batch_size(splits.example().shape[1:]) // 4))
+    count = gate_image_count(splits.example().shape[1:])
     return layout.fed(torch.cat(list(calibration_images(splits, "the comparison with float32", count))))

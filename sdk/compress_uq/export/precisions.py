@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from compress_uq.data import Splits, batches
 from compress_uq.errors import GateError, InputError
 from compress_uq.export.body import body_graph, tensors_outside_networks
+from compress_uq.export.casts import transpose_before_rounding
 from compress_uq.export.graph import example_inputs
 from compress_uq.export.half import HalfMembers
 from compress_uq.export.integer import SCHEMES, nodes_reading, quantise
@@ -69,9 +70,10 @@ class Half(Precision):
         """Authored in torch.
 
         Raises:
-            GateError: onnxruntime's optimiser for CPUs crashes on it, as on the patches of a vision transformer.
+            GateError: onnxruntime's optimiser for CPUs crashes on it.
         """
         body = body_graph(HalfMembers(model.members, *example_inputs(model, 2)), model, layout)
+        transpose_before_rounding(body)
         if not survives_loading(body.SerializeToString()):
             raise GateError("gate 'loads': this model in fp16 makes onnxruntime crash on this CPU: export fp32 or int8")
         return body

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import onnx
 
-from compress_uq.errors import ArtifactError, InputError, UnknownNameError
+from compress_uq.errors import ArtifactError, GateError, InputError, UnknownNameError
 from compress_uq.export.gates import check_graph
 from compress_uq.export.onnx_file import ExportResult
 from compress_uq.export.triton_config import INSTANCE_KINDS, TritonOptions, model_config, tensors, to_text
-from compress_uq.runtime import METADATA_PREFIX
+from compress_uq.runtime import METADATA_PREFIX, read_model
 from compress_uq.storage import replace_directory
 
 __all__ = ["TritonOptions", "export_triton"]
@@ -40,15 +40,17 @@ def export_triton(
         overwrite: replace the folder of a model of this name.
 
     Raises:
-        InputError: an option that cannot be; ArtifactError: the file is not one of ours, or the model's folder exists.
-        GateError: the file does not pass a gate. Nothing is written then.
+        InputError: an option that cannot be.
+        ArtifactError: the file is not one of ours or does not pass a gate, or the model's folder exists. Nothing is
+            written then.
     """
     served = options or TritonOptions()
     _refuse_impossible(served)
-    if not Path(file).is_file():
-        raise ArtifactError(f"{file}: no such file")
-    content = Path(file).read_bytes()
-    gates = check_graph(content, None)
+    content = read_model(file)
+    try:
+        gates = check_graph(content, None)
+    except (ArtifactError, GateError) as error:
+        raise ArtifactError(f"{file}: {error}") from error
     proto = onnx.load_from_string(content)
     recorded = {p.key.removeprefix(METADATA_PREFIX): json.loads(p.value) for p in proto.metadata_props}
     if recorded["sampling"] == "random" and served.instances > 1:

@@ -6,10 +6,12 @@ from compress_uq.report.decisions import DECISIONS, broken
 from compress_uq.report.evaluation import Cost, Evaluation, evaluate, onnx_milliseconds
 from compress_uq.report.layers import layer_pages
 from compress_uq.report.precision import PrecisionCard, compare_precisions
+from compress_uq.report.remeasured import Check, compare_column
 from compress_uq.report.suspicions import near_chance, suspicions
 
 __all__ = [
     "DECISIONS",
+    "Check",
     "Cost",
     "Evaluation",
     "PrecisionCard",
@@ -17,6 +19,7 @@ __all__ = [
     "Requirement",
     "broken",
     "class_changes",
+    "compare_column",
     "compare_precisions",
     "evaluate",
     "layer_pages",
