@@ -18,7 +18,7 @@ PACKAGE = ROOT / "sdk" / "compress_uq"
 LAYERS = [
     {"_version", "errors", "types", "progress"},
     {"registry", "storage", "runtime"},
-    {"fitted"},
+    {"fitted", "footprint"},
     {"batch_norm", "config", "cost", "models", "metrics"},
     {"data"},
     {"stages", "predict", "training"},
@@ -30,7 +30,7 @@ LAYERS = [
     {"search", "compression"},
     {"layer_sensitivity"},
     {"bundle", "listing", "inputs"},
-    {"verification", "pipeline"},
+    {"verification", "pipeline", "measuring"},
     {"study", "recalibration"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
@@ -42,7 +42,7 @@ DOORS = {
     "onnxscript": {"export"},
     "typer": set(),
     "rich": set(),
-    "matplotlib": {"report", "study"},
+    "matplotlib": {"measuring", "report", "study"},
     "timm": {"models"},
 }
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from compress_uq.data import DataInfo, Splits, hold_out, load_splits, set_aside
     from compress_uq.deciding import decide
     from compress_uq.errors import CompressUQError, InputError
-    from compress_uq.export import TritonOptions, export_onnx, export_triton
+    from compress_uq.export import TritonOptions, export_onnx, export_triton, layout_costs
     from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
     from compress_uq.layer_sensitivity import Sensitivity, sensitivity
     from compress_uq.listing import catalogue
@@ -87,6 +87,7 @@ _HOME = {
     "from_toml": "config",
     "hold_out": "data",
     "initial_model": "inputs",
+    "layout_costs": "export",
     "load_model": "models",
     "load_new_data": "recalibration",
     "load_splits": "data",
@@ -168,6 +169,7 @@ __all__ = [
     "from_toml",
     "hold_out",
     "initial_model",
+    "layout_costs",
     "load_model",
     "load_new_data",
     "load_splits",
