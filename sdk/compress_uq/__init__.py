@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from compress_uq.inputs import configure_method, initial_model, open_model_and_data, train_dense
     from compress_uq.layer_sensitivity import Sensitivity, sensitivity
     from compress_uq.listing import catalogue
+    from compress_uq.measuring import Benchmark, benchmark
     from compress_uq.models import Architecture, build_model, load_model, read_checkpoint, save_model
     from compress_uq.pipeline import compress, plan_compression
     from compress_uq.progress import Progress
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Architecture": "models",
+    "Benchmark": "measuring",
     "Budget": "search",
     "Bundle": "bundle",
     "CompressUQError": "errors",
@@ -71,6 +73,7 @@ _HOME = {
     "TrainingConfig": "config",
     "TritonOptions": "export",
     "UncertainModel": "uncertain",
+    "benchmark": "measuring",
     "build_model": "models",
     "calibrate": "steps",
     "catalogue": "listing",
@@ -129,6 +132,7 @@ _MODULES = (
 
 __all__ = [
     "Architecture",
+    "Benchmark",
     "Budget",
     "Bundle",
     "CompressUQError",
@@ -149,6 +153,7 @@ __all__ = [
     "TritonOptions",
     "UncertainModel",
     "__version__",
+    "benchmark",
     "build_model",
     "calibrate",
     "calibration",

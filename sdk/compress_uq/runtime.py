@@ -22,9 +22,10 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("onnxruntime is missing: pip install onnxruntime-gpu (or onnxruntime)") from _error
 
-__all__ = ["OnnxPredictor", "quantisation_tools", "session", "survives_loading"]
+__all__ = ["OnnxPredictor", "available_providers", "quantisation_tools", "session", "survives_loading"]
 
 METADATA_PREFIX = "compress_uq."
+_CPU = "CPUExecutionProvider"
 
 
 def session(
@@ -33,15 +34,19 @@ def session(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     optimise: bool = True,
+    fallback: bool = True,
 ) -> Any:
     """An onnxruntime session; with `threads` its pool does not spin while it waits.
 
+    Without `fallback` nothing is left to the CPU that another provider was asked to do: onnxruntime does so in silence.
+
     Raises:
-        MissingDependencyError: two onnxruntime packages clash, or a provider is not there.
+        MissingDependencyError: two onnxruntime packages clash, a provider is not there, or, without `fallback`, it
+            falls back to the CPU.
     """
     available = onnxruntime.get_available_providers()
     _refuse_clash(available)
-    wanted = list(providers or ["CPUExecutionProvider"])
+    wanted = list(providers or [_CPU])
     for provider in wanted:
         if provider not in available:
             raise MissingDependencyError(f"provider {provider!r} is not there: onnxruntime has {', '.join(available)}")
@@ -52,7 +57,23 @@ def session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model, options, providers=wanted)
+    strict = not fallback and wanted[0] != _CPU
+    if strict:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        made = onnxruntime.InferenceSession(model, options, providers=wanted)
+    except Exception as error:  # onnxruntime's errors have no common type
+        if strict and "fallback to CPU EP has been explicitly disabled" in str(error):
+            raise MissingDependencyError(f"{wanted[0]} leaves a part of the graph to the CPU") from error
+        raise
+    if strict and made.get_providers()[0] != wanted[0]:
+        raise MissingDependencyError(f"{wanted[0]} does not start on this machine: onnxruntime fell back to the CPU")
+    return made
+
+
+def available_providers() -> list[str]:
+    """The execution providers that this onnxruntime was built with, whether or not the machine can run them."""
+    return list(onnxruntime.get_available_providers())
 
 
 def survives_loading(content: bytes) -> bool:

@@ -133,9 +133,10 @@ def export_onnx(
     most_bytes = None if max_memory is None else parse_bytes(max_memory)
     drafts = _drafts(model, sampling, PRECISIONS[precision](quantization), LAYOUTS[input], resize, splits)
     bodies = _bodies(drafts, layout)
-    table = None
+    table, files = None, dict[str, onnx.ModelProto]()
     if len(bodies) > 1 or most_bytes is not None or on_cost is not None:
-        table = _costs(drafts, bodies, most_bytes, layout != "auto", shown=on_cost is not None)
+        files = {name: drafts.whole(body) for name, body in bodies.items()}
+        table = _costs(drafts, files, most_bytes, layout != "auto", shown=on_cost is not None)
         if on_cost is not None:
             on_cost(table)
     taken = next(iter(bodies)) if table is None else table.chosen
@@ -145,7 +146,7 @@ def export_onnx(
         exported, refitted = refit(exported, body, splits, progress=progress)
         if splits.info.calibration_from_test:
             exported.origin = replace(exported.origin, reserved=splits.info.fingerprint)
-    proto = drafts.whole(body, exported)
+    proto = files[taken] if taken in files and not refitted else drafts.whole(body, exported)
     described = describe(exported, recipe_hash, drafts.layout, precision)
     described |= {"layout": taken, "quantization": drafts.precision.described(), "refitted": refitted}
     add_metadata(proto, described)
@@ -171,7 +172,8 @@ def layout_costs(
     """
     most_bytes = None if max_memory is None else parse_bytes(max_memory)
     drafts = _drafts(model, sampling, PRECISIONS[precision](quantization), FloatImages, None, splits)
-    return _costs(drafts, _bodies(drafts, layout), most_bytes, layout != "auto", shown=True)
+    files = {name: drafts.whole(body) for name, body in _bodies(drafts, layout).items()}
+    return _costs(drafts, files, most_bytes, layout != "auto", shown=True)
 
 
 def _drafts(
@@ -211,9 +213,8 @@ def _bodies(drafts: _Drafts, layout: str) -> dict[str, onnx.ModelProto | None]:
 
 
 def _costs(
-    drafts: _Drafts, bodies: Mapping[str, onnx.ModelProto | None], most_bytes: int | None, asked: bool, *, shown: bool
+    drafts: _Drafts, files: Mapping[str, onnx.ModelProto], most_bytes: int | None, asked: bool, *, shown: bool
 ) -> CostTable:
-    files = {name: drafts.whole(body) for name, body in bodies.items()}
     parts = split_model(drafts.model) if shown and not drafts.precision.rounds else None
     return measure_layouts(files, parts=parts, memory=shown, most_bytes=most_bytes, asked=asked)
 
