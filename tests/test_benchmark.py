@@ -42,7 +42,9 @@ def result(model) -> cuq.Benchmark:
 
 def test_every_alternative_has_its_figures(result):
     assert [row.name for row in result.rows] == ROWS * 2
-    assert result.samples == 6 and not result.failures and not result.notes
+    assert result.samples == 6
+    assert not result.failures
+    assert not result.notes
     for row in result.rows:
         assert 0 < row.p50_ms <= row.p90_ms <= row.p99_ms
         assert row.images_per_second == pytest.approx(1000 * row.batch / row.p50_ms)
@@ -50,7 +52,8 @@ def test_every_alternative_has_its_figures(result):
         assert row.to_dense.low <= row.to_dense.median <= row.to_dense.high
         assert (row.peak_bytes is None) == (row.name == "floor")
     dense, eager = (result.find(name, 4) for name in ROWS[:2])
-    assert dense.to_dense.median == 1 and dense.rounds == 6
+    assert dense.to_dense.median == 1
+    assert dense.rounds == 6
     assert eager.to_dense.median > 6, "six eager passes cost more than one"
     assert eager.peak_bytes > dense.peak_bytes > 2 * 10**7, "torch takes more than onnxruntime"
 
@@ -59,7 +62,8 @@ def test_table_json_and_picture(result, tmp_path):
     assert all(len(line) == len(result.columns) for line in result.table())
     result.save(tmp_path / "b")
     content = json.loads((tmp_path / "b" / "benchmark.json").read_text())
-    assert len(content["rows"]) == 10 and content["environment"]["torch"] == torch.__version__
+    assert len(content["rows"]) == 10
+    assert content["environment"]["torch"] == torch.__version__
     assert (tmp_path / "b" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "| floor | cpu | 1 | 4 |" in (tmp_path / "b" / "benchmark.md").read_text()
     with pytest.raises(KeyError, match="batch 5"):
@@ -79,7 +83,8 @@ def test_rounds_are_taken_in_turns():
     ticks = iter(range(100))
     times = interleaved_times(runs, rounds=4, sparse={"b": 3}, clock=lambda: next(ticks))
     assert said == list("ab" + "ab" + "a" + "a" + "ab")
-    assert times["a"] == [1000.0] * 4 and [math.isnan(t) for t in times["b"]] == [False, True, True, False]
+    assert times["a"] == [1000.0] * 4
+    assert [math.isnan(t) for t in times["b"]] == [False, True, True, False]
 
 
 # Providers.
@@ -115,7 +120,8 @@ def test_falling_back_to_the_cpu_is_a_failure(pretended, model):
     assert [row.name for row in on_cuda] == ["floor: trunk", "floor: tail", "compressed, fp32, fold"]
     assert all("fell back to the CPU" in row.failure and row.p50_ms is None for row in on_cuda)
     assert [row.name for row in timed.rows if row.p50_ms] == ["floor", "compressed, fp32, fold"]
-    assert "failed: CUDAExecutionProvider does not start" in timed.to_markdown() and timed.to_png()
+    assert "failed: CUDAExecutionProvider does not start" in timed.to_markdown()
+    assert timed.to_png()
     assert timed.notes[0].startswith("the dense model is not at hand")
 
 
@@ -167,7 +173,8 @@ def test_a_bundle_without_its_model_is_timed_as_a_file(bundle_folder):
     files = {**bundle.files, "structure.json": json.dumps(structure).encode()}
     timed = cuq.benchmark(replace(bundle, uncertain=None, files=files), batch_sizes=(2,), rounds=3, memory=False)
     assert [row.name for row in timed.rows] == ["compressed, fp32, fold"]
-    assert len(timed.notes) == 2 and "only model.onnx" in timed.notes[1]
+    assert len(timed.notes) == 2
+    assert "only model.onnx" in timed.notes[1]
 
 
 def test_the_command(command, bundle_folder, tmp_path):
@@ -176,10 +183,13 @@ def test_the_command(command, bundle_folder, tmp_path):
     code, printed, err = command(*line, "--clock", "cpu", "--json")
     assert code == 0, err
     rows = {row["name"]: row for row in json.loads(printed)["rows"]}
-    assert list(rows) == ROWS[:4] and rows["compressed, fp32, fold"]["to_floor"]["median"] > 0
-    assert "to one dense pass" in err and (out / "benchmark.png").is_file()
+    assert list(rows) == ROWS[:4]
+    assert rows["compressed, fp32, fold"]["to_floor"]["median"] > 0
+    assert "to one dense pass" in err
+    assert (out / "benchmark.png").is_file()
     code, _, err = command(*line)
-    assert code == 2 and "benchmark.json exists: pass --overwrite" in err
+    assert code == 2
+    assert "benchmark.json exists: pass --overwrite" in err
 
 
 @pytest.mark.parametrize(
@@ -193,12 +203,16 @@ def test_the_command(command, bundle_folder, tmp_path):
 )
 def test_wrong_lines(command, bundle_folder, options, said):
     code, _, err = command("benchmark", bundle_folder, *options.split())
-    assert code == 2 and said in err and "Traceback" not in err
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
 
 
 def test_methods_lists_them():
     listed = {kind: [e["name"] for e in entries] for kind, entries in cuq.catalogue().items()}
-    assert listed["precisions"] == ["fp32", "fp16", "int8"] and listed["quantizations"] == ["cpu", "tensorrt"]
-    assert listed["layouts"] == ["fold", "unroll"] and listed["inputs"] == ["float32-nchw", "uint8-nhwc"]
+    assert listed["precisions"] == ["fp32", "fp16", "int8"]
+    assert listed["quantizations"] == ["cpu", "tensorrt"]
+    assert listed["layouts"] == ["fold", "unroll"]
+    assert listed["inputs"] == ["float32-nchw", "uint8-nhwc"]
     assert listed["exporters"] == ["onnx", "triton"]

@@ -157,13 +157,15 @@ def test_branches_in_short_numbers(model, folder, precision, tmp_path):
     pixels = torch.randint(0, 256, (120, *SHAPE), dtype=torch.uint8)
     splits = cuq.Splits(calibration=ImageTensors(pixels, torch.arange(120) % 4, (0.5,), (0.25,)))
     result = cuq.export_onnx(model, tmp_path / "m.onnx", precision=precision, layout="unroll", splits=splits)
-    assert result.layout == "unroll" and result.gates["precision"].endswith("float32 from the logits on")
+    assert result.layout == "unroll"
+    assert result.gates["precision"].endswith("float32 from the logits on")
     x = images(64)
     got, wanted = (OnnxPredictor(p)(x) for p in (tmp_path / "m.onnx", folder / "unroll-fixed.onnx"))
     assert (got.label == wanted.label).mean() > 0.9
     if precision == "int8":
         kinds = [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node]
-        assert kinds.count("Conv") == 1 + MEMBERS and "QuantizeLinear" in kinds
+        assert kinds.count("Conv") == 1 + MEMBERS
+        assert "QuantizeLinear" in kinds
 
 
 # Which layout is taken.
@@ -194,7 +196,8 @@ def test_memory_decides_before_time(model, made_up, tmp_path):
     path = tmp_path / "m.onnx"
     made_up(1.0, 2.0, memory=(3 * 10**8, 10**8))
     result = cuq.export_onnx(model, path, max_memory="200MB")
-    assert result.layout == "unroll" and result.costs.reason == "fold needs 300 MB"
+    assert result.layout == "unroll"
+    assert result.costs.reason == "fold needs 300 MB"
     path.unlink()
     made_up(1.0, 2.0, memory=(3 * 10**8, 10**9))
     with pytest.raises(InputError, match="200 MB: fold needs 300 MB and unroll needs 1.00 GB at batch 32"):
@@ -209,7 +212,8 @@ def test_costs_before_anything_is_written(model):
     assert set(fold.measured_ms) == set(fold.estimated_ms) == {1, 32}
     assert min(*fold.measured_ms.values(), *fold.estimated_ms.values(), *unroll.estimated_ms.values()) > 0
     assert 2 * 10**7 < fold.peak_bytes < 10**9
-    assert len(table.columns) == len(table.rows()[0]) and json.dumps(table.to_json())
+    assert len(table.columns) == len(table.rows()[0])
+    assert json.dumps(table.to_json())
 
 
 def test_names_of_layouts(model, network, tmp_path):
@@ -264,7 +268,8 @@ def test_cost_of_a_graph_by_hand():
     proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
     two_maps = 2 * 4 * 64 * 4
     assert graph_cost(proto, 1) == GraphCost(64 * 4 * 9 + 256 * 2, 4 * (36 + 512) + 16, two_maps)
-    assert graph_cost(proto, 3).macs == 3 * (64 * 4 * 9 + 512) and graph_cost(proto, 3).activation_bytes == 3 * two_maps
+    assert graph_cost(proto, 3).macs == 3 * (64 * 4 * 9 + 512)
+    assert graph_cost(proto, 3).activation_bytes == 3 * two_maps
 
 
 def test_the_parts_are_the_plain_network(model, network):
@@ -286,9 +291,13 @@ def test_the_parts_are_the_plain_network(model, network):
 def test_export_shows_the_cost_and_keeps_the_limit(command, bundle_folder, tmp_path):
     out = tmp_path / "unrolled.onnx"
     code, printed, err = command("export", bundle_folder, "--out", out, "--layout", "unroll", "--json")
-    assert code == 0 and "estimated ms (32)" in err and "layout unroll: asked for" in err
+    assert code == 0
+    assert "estimated ms (32)" in err
+    assert "layout unroll: asked for" in err
     content = json.loads(printed)
-    assert content["layout"] == "unroll" and content["costs"]["layouts"][0]["measured_ms"]["32"] > 0
+    assert content["layout"] == "unroll"
+    assert content["costs"]["layouts"][0]["measured_ms"]["32"] > 0
     code, _, err = command("export", bundle_folder, "--out", tmp_path / "no.onnx", "--max-memory", "1MB")
-    assert code == 2 and err.strip().splitlines()[-1].startswith("compress-uq: --max-memory (max_memory=) 1 MB: fold")
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("compress-uq: --max-memory (max_memory=) 1 MB: fold")
     assert not (tmp_path / "no.onnx").exists()
