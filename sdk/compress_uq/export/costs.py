@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from compress_uq.cost import interleaved_milliseconds
-from compress_uq.errors import InputError
+from compress_uq.errors import GateError, InputError
 from compress_uq.export.graph_cost import graph_cost
 from compress_uq.export.parts import Parts
 from compress_uq.footprint import peak_of_file, random_inputs
@@ -98,12 +98,15 @@ def measure_layouts(
 
     Raises:
         InputError: no layout fits into `most_bytes`.
+        GateError: onnxruntime loads none.
     """
     batches = _batches(next(iter(files.values())))
     contents = {name: proto.SerializeToString() for name, proto in files.items()}
+    sessions = _sessions(contents)
     costs = []
-    timed = _timed(contents, parts, batches)
-    for name, proto in files.items():
+    timed = _timed(sessions, parts, batches)
+    for name in sessions:
+        proto = files[name]
         counted = {batch: graph_cost(proto, batch) for batch in batches}
         cost = LayoutCost(
             layout=name,
@@ -129,9 +132,21 @@ def _batches(proto: onnx.ModelProto) -> tuple[int, ...]:
     return (1, served) if served > 1 else (1,)
 
 
-def _timed(contents: Mapping[str, bytes], parts: Parts | None, batches: Sequence[int]) -> dict[tuple[str, int], float]:
+def _sessions(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """Those that onnxruntime loads, which is the first at the least."""
+    made: dict[str, Any] = {}
+    for name, content in contents.items():
+        try:
+            made[name] = session(content, threads=1)
+        except Exception as error:  # onnxruntime's errors have no common type
+            if not made:
+                reason = str(error).splitlines()[0]
+                raise GateError(f"gate 'loads': onnxruntime refuses the graph: {reason}") from error
+    return made
+
+
+def _timed(sessions: Mapping[str, Any], parts: Parts | None, batches: Sequence[int]) -> dict[tuple[str, int], float]:
     """Milliseconds by layout, or `LAYOUT estimated`, and batch."""
-    sessions = {name: session(content, threads=1) for name, content in contents.items()}
     cut = {} if parts is None else {"trunk": parts.trunk, "tail": parts.tail}
     plain = {name: session(content, threads=1) for name, content in cut.items() if content is not None}
     found: dict[tuple[str, int], float] = {}
