@@ -164,6 +164,13 @@ def test_wrong_inputs(model, options, said):
         cuq.benchmark(model, **options)
 
 
+def test_another_architecture_is_refused(model):
+    with pytest.raises(InputError, match="no 3, where the compressed one drops"):
+        cuq.benchmark(model, dense=nn.Sequential(nn.Flatten(), nn.Linear(64, 4)))
+    with pytest.raises(InputError, match=r"does not run on images \(1, 8, 8\)"):
+        cuq.benchmark(model, dense=nn.Sequential(*convolutions(8)[:4], nn.Flatten(), nn.Linear(9, 4)))
+
+
 # Bundles and the command line.
 
 

@@ -79,7 +79,7 @@ def _dense(path: Path | None, arch: str | None, bundle: cuq.Bundle) -> Any:
 
 
 def _splits(bundle: cuq.Bundle, data: str | None, root: Path) -> cuq.Splits:
-    name = data or bundle.origin.data
-    if name is None or (data is None and (":" in name or name not in cuq.data.DATASETS)):
+    name = o.named_data(bundle, data)
+    if name is None:
         raise cuq.InputError("int8 takes its ranges from images: pass --data with their name or folder")
     return cuq.load_new_data(bundle, name, root=root)

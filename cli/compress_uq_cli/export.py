@@ -163,8 +163,8 @@ def _splits(wanted: _Wanted, data: str | None, root: Path, *, measured: bool) ->
     """Images that calibrate and measure, where either is done; the bundle's own data by default."""
     if not measured and wanted.precision == "fp32":
         return None
-    name = data or wanted.bundle.origin.data
-    if name is None or (data is None and (":" in name or name not in cuq.data.DATASETS)):
+    name = o.named_data(wanted.bundle, data)
+    if name is None:
         if not measured and wanted.precision == "fp16":
             note("note: without --data fp16 keeps the calibration that was fitted in fp32")
             return None

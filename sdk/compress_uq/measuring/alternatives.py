@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from compress_uq.bundle import Bundle
 from compress_uq.data import Splits
-from compress_uq.errors import GateError
+from compress_uq.errors import GateError, InputError
 from compress_uq.export import export_onnx, split_model
 from compress_uq.footprint import peak_of_process
 from compress_uq.models import as_logits
@@ -50,13 +50,23 @@ class EagerLoop:
     Args:
         dense: the network; copied.
         members: T, and where the dropout sits, if it is dropout that tells them apart.
+
+    Raises:
+        InputError: the network has no module where the members drop.
     """
 
     def __init__(self, dense: nn.Module, members: Members) -> None:
         self.network, self.passes = bare_copy(dense).eval(), members.count
         for site in members.sites if isinstance(members, SampledDropout) else ():
-            if not site.of_weights:
-                self.network.get_submodule(site.module).register_forward_hook(_Drop(site.p))
+            if site.of_weights:
+                continue
+            try:
+                module = self.network.get_submodule(site.module)
+            except AttributeError as error:
+                raise InputError(
+                    f"the dense model has no {site.module}, where the compressed one drops: it is another architecture"
+                ) from error
+            module.register_forward_hook(_Drop(site.p))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

@@ -118,11 +118,12 @@ def benchmark(
         dense = model.architecture(arch)
     files, loop = [], None
     if uncertain is not None and dense is not None:
+        loop = EagerLoop(dense, uncertain.members)
+        _try(loop, uncertain)
         try:
             files.append(dense_file(dense, uncertain))
         except GateError as error:
             notes.append(f"the dense model's pass is left out: {error}")
-        loop = EagerLoop(dense, uncertain.members)
     elif dense is None:
         notes.append(_NO_DENSE)
     if uncertain is not None:
@@ -163,6 +164,15 @@ def _check(
         raise InputError("nothing to time: expected a precision such as fp32 and a provider such as cpu")
     if clock == "cpu" and (set(threads) != {1} or set(providers) != {"cpu"}):
         raise InputError("clock 'cpu' counts the work of one thread: expected threads 1 and provider cpu alone")
+
+
+def _try(loop: EagerLoop, model: UncertainModel) -> None:
+    """Refuse a dense model that does not take the same images."""
+    try:
+        loop(model.origin.example(loop.network, "benchmark"))
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the dense model does not run on images {model.origin.input_shape}: {reason}") from error
 
 
 def _present() -> list[str]:
