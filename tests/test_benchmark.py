@@ -37,11 +37,11 @@ def model() -> UncertainModel:
 
 @pytest.fixture(scope="module")
 def result(model) -> cuq.Benchmark:
-    return cuq.benchmark(model, dense=convolutions(16), batch_sizes=(1, 4), rounds=6)
+    return cuq.benchmark(model, dense=convolutions(16), batch_sizes=(4,), rounds=6)
 
 
 def test_every_alternative_has_its_figures(result):
-    assert [row.name for row in result.rows] == ROWS * 2
+    assert [row.name for row in result.rows] == ROWS
     assert result.samples == 6
     assert not result.failures
     assert not result.notes
@@ -62,7 +62,7 @@ def test_table_json_and_picture(result, tmp_path):
     assert all(len(line) == len(result.columns) for line in result.table())
     result.save(tmp_path / "b")
     content = json.loads((tmp_path / "b" / "benchmark.json").read_text())
-    assert len(content["rows"]) == 10
+    assert len(content["rows"]) == len(ROWS)
     assert content["environment"]["torch"] == torch.__version__
     assert (tmp_path / "b" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert "| floor | cpu | 1 | 4 |" in (tmp_path / "b" / "benchmark.md").read_text()
@@ -94,7 +94,7 @@ class OnCpu:
     """A session that runs on the CPU whatever was asked for, as onnxruntime does in silence."""
 
     def __init__(self, model, options, providers):
-        self.real = runtime.session.__globals__["_REAL"](model, options, providers=["CPUExecutionProvider"])
+        self.real = runtime._REAL(model, runtime.onnxruntime.SessionOptions(), providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name):
         return getattr(self.real, name)

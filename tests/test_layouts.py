@@ -184,25 +184,32 @@ def made_up(monkeypatch):
     return set_to
 
 
-def test_the_cheaper_layout_is_taken(model, made_up, tmp_path):
+def chosen(folder, most_bytes=None) -> costs.CostTable:
+    files = {name: onnx.load(folder / f"{name}-fixed.onnx") for name in ("fold", "unroll")}
+    return costs.measure_layouts(files, parts=None, memory=False, most_bytes=most_bytes, asked=False)
+
+
+def test_the_cheaper_layout_is_taken(model, made_up, folder, tmp_path):
     for fold, unroll, taken in ((1.0, 0.9, "unroll"), (1.0, 0.97, "fold"), (1.0, 1.5, "fold")):
         made_up(fold, unroll)
-        result = cuq.export_onnx(model, tmp_path / "m.onnx")
-        assert result.layout == taken, (fold, unroll)
-        assert f"{unroll:.2f}" in result.costs.reason
-
-
-def test_memory_decides_before_time(model, made_up, tmp_path):
-    path = tmp_path / "m.onnx"
-    made_up(1.0, 2.0, memory=(3 * 10**8, 10**8))
-    result = cuq.export_onnx(model, path, max_memory="200MB")
+        table = chosen(folder)
+        assert table.chosen == taken, (fold, unroll)
+        assert f"{unroll:.2f}" in table.reason
+    made_up(1.0, 0.5)
+    result = cuq.export_onnx(model, tmp_path / "m.onnx")
     assert result.layout == "unroll"
-    assert result.costs.reason == "fold needs 300 MB"
-    path.unlink()
+    assert OnnxPredictor(tmp_path / "m.onnx").metadata["layout"] == "unroll"
+
+
+def test_memory_decides_before_time(model, made_up, folder, tmp_path):
+    made_up(1.0, 2.0, memory=(3 * 10**8, 10**8))
+    table = chosen(folder, 2 * 10**8)
+    assert table.chosen == "unroll"
+    assert table.reason == "fold needs 300 MB"
     made_up(1.0, 2.0, memory=(3 * 10**8, 10**9))
     with pytest.raises(InputError, match="200 MB: fold needs 300 MB and unroll needs 1.00 GB at batch 32"):
-        cuq.export_onnx(model, path, max_memory=2 * 10**8)
-    assert not path.exists()
+        cuq.export_onnx(model, tmp_path / "m.onnx", max_memory="200MB")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_costs_before_anything_is_written(model):
