@@ -93,7 +93,7 @@ def test_rounds_are_taken_in_turns():
 class OnCpu:
     """A session that runs on the CPU whatever was asked for, as onnxruntime does in silence."""
 
-    def __init__(self, model, options, providers):
+    def __init__(self, model, options, providers, enable_fallback):
         self.real = runtime._REAL(model, runtime.onnxruntime.SessionOptions(), providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name):
@@ -126,12 +126,13 @@ def test_falling_back_to_the_cpu_is_a_failure(pretended, model):
 
 
 def test_leaving_nodes_to_the_cpu_is_a_failure(pretended):
-    def refuses(content, options, providers):
+    def refuses(content, options, providers, enable_fallback):
+        assert not enable_fallback
         assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
         raise RuntimeError("graph nodes are assigned to it, but fallback to CPU EP has been explicitly disabled")
 
     pretended(refuses)
-    with pytest.raises(MissingDependencyError, match="leaves a part of the graph to the CPU"):
+    with pytest.raises(MissingDependencyError, match="leaves the graph, or a part of it, to the CPU"):
         runtime.session(b"", providers=["CUDAExecutionProvider"], fallback=False)
 
 

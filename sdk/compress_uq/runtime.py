@@ -61,10 +61,10 @@ def session(
     if strict:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        made = onnxruntime.InferenceSession(model, options, providers=wanted)
+        made = onnxruntime.InferenceSession(model, options, providers=wanted, enable_fallback=int(not strict))
     except Exception as error:  # onnxruntime's errors have no common type
         if strict and "fallback to CPU EP has been explicitly disabled" in str(error):
-            raise MissingDependencyError(f"{wanted[0]} leaves a part of the graph to the CPU") from error
+            raise MissingDependencyError(f"{wanted[0]} leaves the graph, or a part of it, to the CPU") from error
         raise
     if strict and made.get_providers()[0] != wanted[0]:
         raise MissingDependencyError(f"{wanted[0]} does not start on this machine: onnxruntime fell back to the CPU")
