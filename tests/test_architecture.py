@@ -100,7 +100,20 @@ def test_public_names():
 
 
 @pytest.mark.parametrize(
-    "module", ["metrics", "uq", "pruning", "calibration", "scores", "decisions", "models", "data", "export", "report"]
+    "module",
+    [
+        "metrics",
+        "uq",
+        "pruning",
+        "calibration",
+        "scores",
+        "decisions",
+        "models",
+        "data",
+        "export",
+        "report",
+        "measuring",
+    ],
 )
 def test_every_public_object_has_a_docstring(module):
     loaded = importlib.import_module(f"compress_uq.{module}")

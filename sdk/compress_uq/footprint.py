@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,11 +36,11 @@ def parse_bytes(given: int | str) -> int:
     return size
 
 
-def random_inputs(made: object, batch: int) -> dict[str, np.ndarray]:
+def random_inputs(made: Any, batch: int) -> dict[str, np.ndarray]:
     """Something of the right shape and type for every input of a session, from a fixed seed."""
     random = np.random.default_rng(batch)
     feed = {}
-    for given in made.get_inputs():  # type: ignore[attr-defined]
+    for given in made.get_inputs():
         shape = (batch, *given.shape[1:])
         dtype = _DTYPES[given.type]
         drawn = random.normal(size=shape) if dtype is np.float32 else random.integers(0, 256, shape)

@@ -116,7 +116,8 @@ def benchmark(
     uncertain = model.uncertain if isinstance(model, Bundle) else model
     if dense is None and isinstance(model, Bundle):
         dense = model.architecture(arch)
-    files, loop = [], None
+    files: list[File] = []
+    loop: EagerLoop | None = None
     if uncertain is not None and dense is not None:
         loop = EagerLoop(dense, uncertain.members)
         _try(loop, uncertain)
