@@ -81,6 +81,7 @@ def main() -> None:
         "Command: `make bench`. ResNet-18 (small-image layout), sparsity 0.6, dropout from the first block of the last",
         "stage that fits the default budget, random weights (seed 0), CPU, one thread, spinning off.",
         f"Cost by MACs: {macs:.2f} of one dense pass. Each ratio is a median over rounds with its 10th to 90th percentile.",
+        "With the clock `cpu` milliseconds are those that the one thread worked; see [Benchmark](../benchmark.md).",
         "",
         "| aim, of the cheaper layout | measured | at most | |",
         "|---|---|---|---|",

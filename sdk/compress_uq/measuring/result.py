@@ -116,7 +116,8 @@ class Benchmark:
         lines = ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
         lines += ["| " + " | ".join(line) + " |" for line in self.table()]
         said = [f"{key}: {value}" for key, value in self.environment.items()]
-        return "\n".join([*lines, "", "; ".join([*said, f"clock: {self.clock}"]) + ".", "", *self.notes]) + "\n"
+        paragraphs = ["\n".join(lines), "; ".join([*said, f"clock: {self.clock}"]) + ".", *self.notes]
+        return "\n\n".join(paragraphs) + "\n"
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write benchmark.json, benchmark.md and benchmark.png into a folder, which is made where it is not there.
