@@ -220,7 +220,9 @@ def _rows(plan: _Plan, place: Timing, times: Mapping[str, np.ndarray], failed: M
     order = [DENSE, EAGER, FLOOR, *(name for name in files if name != DENSE)]
     for name in order:
         file = files.get(name)
-        row = replace(place, name=name, precision=file and file.precision, layout=file and file.layout)
+        row = replace(place, name=name)
+        if file is not None:
+            row = replace(row, precision=file.precision, layout=file.layout)
         if name in failed:
             yield replace(row, failure=failed[name])
         if name not in times:
