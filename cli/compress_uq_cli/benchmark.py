@@ -38,6 +38,8 @@ def benchmark(
 
     On a machine that other programs share, --clock cpu counts only the work that was done here.
     """
+    if out is not None and out.exists() and not out.is_dir():
+        raise cuq.InputError(f"--out {out} is a file: name a folder")
     if out is not None and not overwrite:
         there = next((out / name for name in _FILES if (out / name).exists()), None)
         if there is not None:
