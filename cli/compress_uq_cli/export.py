@@ -27,6 +27,8 @@ class _Wanted:
     quantization: str
     input: str
     resize: tuple[int, int] | None
+    layout: str = "auto"
+    max_memory: str | None = None
 
 
 def export(
@@ -39,6 +41,12 @@ def export(
         str, typer.Option(help="Of int8: cpu (uint8 activations) or tensorrt (symmetric int8).")
     ] = "cpu",
     layout: Annotated[
+        str | None, typer.Option(help="Of the samples: auto (what measures cheaper), fold or unroll.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="What a process that runs the file may take, such as 900MB or 1.5GiB.")
+    ] = None,
+    images: Annotated[
         str, typer.Option("--input", help="float32-nchw, normalised, or uint8-nhwc, pixels.")
     ] = "float32-nchw",
     resize: Annotated[
@@ -84,7 +92,7 @@ def export(
     }
     serving = {key: value for key, value in given.items() if value is not None}
     _refuse(to, out, serving, overwrite)
-    form = (sampling, precision, quantization, layout, resize)
+    form = (sampling, precision, quantization, images, resize, layout, max_memory)
     if to == "triton" and (bundle.is_file() or (form == _AS_IT_STANDS and not (data or require))):
         result = _serve_as_it_stands(bundle, out, form, arch, cuq.TritonOptions(**serving), overwrite)
         note(f"{result.path}: {result.size_bytes:,} bytes, {len(result.gates)} gates passed")
@@ -95,8 +103,9 @@ def export(
     with tempfile.TemporaryDirectory() as folder:
         file = out if to == "onnx" else Path(folder) / "model.onnx"
         wanted = _Wanted(
-            cuq.Bundle.load(bundle, arch=arch), file, sampling, precision, quantization, layout, _size(resize)
-        )
+            cuq.Bundle.load(bundle, arch=arch), file, sampling, precision, quantization, images, _size(resize),
+            layout or "auto", max_memory,
+        )  # fmt: skip
         splits = _splits(wanted, data, data_root, measured=bool(data or requirements))
         with progress() as callback:
             result = _export(wanted, splits, file, callback)
@@ -118,7 +127,7 @@ def export(
         )
 
 
-_AS_IT_STANDS = ("fixed", "fp32", "cpu", "float32-nchw", None)
+_AS_IT_STANDS = ("fixed", "fp32", "cpu", "float32-nchw", None, None, None)
 """The form of a bundle's model.onnx."""
 
 
@@ -154,8 +163,8 @@ def _splits(wanted: _Wanted, data: str | None, root: Path, *, measured: bool) ->
     """Images that calibrate and measure, where either is done; the bundle's own data by default."""
     if not measured and wanted.precision == "fp32":
         return None
-    name = data or wanted.bundle.origin.data
-    if name is None or (data is None and (":" in name or name not in cuq.data.DATASETS)):
+    name = o.named_data(wanted.bundle, data)
+    if name is None:
         if not measured and wanted.precision == "fp16":
             note("note: without --data fp16 keeps the calibration that was fitted in fp32")
             return None
@@ -171,9 +180,17 @@ def _export(wanted: _Wanted, splits: cuq.Splits | None, out: Path, callback: Any
         quantization=wanted.quantization,
         input=wanted.input,
         resize=wanted.resize,
+        layout=wanted.layout,
+        max_memory=wanted.max_memory,
         splits=splits,
+        on_cost=_show_costs,
         progress=callback,
     )
+
+
+def _show_costs(costs: Any) -> None:
+    show_table("cost of one thread, by batch", costs.columns, costs.rows())
+    note(f"layout {costs.chosen}: {costs.reason}")
 
 
 def _compared(wanted: _Wanted, splits: cuq.Splits, callback: Any) -> Any:
@@ -200,6 +217,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _json(out: Path, result: Any, card: Any) -> dict[str, Any]:
-    content = {"path": str(out), "size_bytes": result.size_bytes, "gates": dict(result.gates)}
+    content: dict[str, Any] = {"path": str(out), "size_bytes": result.size_bytes, "gates": dict(result.gates)}
     content["refitted"] = list(result.refitted)
+    content |= {"layout": result.layout, "costs": None if result.costs is None else result.costs.to_json()}
     return content if card is None else {**content, "card": card.to_json()}

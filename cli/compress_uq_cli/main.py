@@ -11,6 +11,7 @@ import typer
 
 import compress_uq as cuq
 from compress_uq_cli import (
+    benchmark,
     calibrate,
     demo,
     evaluate,
@@ -39,6 +40,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("calibrate")(calibrate.calibrate)
 app.command("export")(export.export)
+app.command("benchmark")(benchmark.benchmark)
 app.command("verify")(verify.verify)
 app.command("predict")(predict.predict)
 app.command("methods")(methods.methods)

@@ -10,7 +10,7 @@ __all__ = ["methods"]
 
 
 def methods(json: o.Json = False) -> None:
-    """List criteria, schedules, uncertainty methods, calibrators, metrics, architectures and data sets."""
+    """List everything that has a name: criteria, uncertainty methods, calibrators, precisions, data sets and more."""
     listed = cuq.catalogue()
     if json:
         print_json(listed)

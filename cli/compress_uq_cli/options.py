@@ -145,6 +145,12 @@ def method(name: str, given: dict[str, Any], texts: dict[str, str]) -> Any:
     return configured
 
 
+def named_data(bundle: cuq.Bundle, data: str | None) -> str | None:
+    """The data that were named, else the bundle's own where a name is enough to find them."""
+    name = data or bundle.origin.data
+    return name if data is not None or name in cuq.data.DATASETS else None
+
+
 def class_weights(text: str | None) -> str | tuple[float, ...] | None:
     """`none`, `balanced`, or a weight per class."""
     if text is None or text.isalpha():

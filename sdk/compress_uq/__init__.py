@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         data,
         decisions,
         errors,
+        measuring,
         metrics,
         models,
         pipeline,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from compress_uq.data import DataInfo, Splits, hold_out, load_splits, set_aside
     from compress_uq.deciding import decide
     from compress_uq.errors import CompressUQError, InputError
-    from compress_uq.export import TritonOptions, export_onnx, export_triton
+    from compress_uq.export import TritonOptions, export_onnx, export_triton, layout_costs
     from compress_uq.inputs import (
         configure_method,
         initial_model,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     )
     from compress_uq.layer_sensitivity import Sensitivity, sensitivity
     from compress_uq.listing import catalogue
+    from compress_uq.measuring import Benchmark, benchmark
     from compress_uq.models import Architecture, build_model, load_model, read_checkpoint, save_model
     from compress_uq.pipeline import compress
     from compress_uq.planning import CompressionPlan, plan_compression
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Architecture": "models",
+    "Benchmark": "measuring",
     "Budget": "search",
     "Bundle": "bundle",
     "CompressUQError": "errors",
@@ -80,6 +83,7 @@ _HOME = {
     "TritonOptions": "export",
     "UncertainModel": "uncertain",
     "Verification": "verification",
+    "benchmark": "measuring",
     "build_model": "models",
     "calibrate": "steps",
     "catalogue": "listing",
@@ -96,6 +100,7 @@ _HOME = {
     "from_toml": "config",
     "hold_out": "data",
     "initial_model": "inputs",
+    "layout_costs": "export",
     "load_model": "models",
     "load_new_data": "recalibration",
     "load_recorded_data": "inputs",
@@ -125,6 +130,7 @@ _MODULES = (
     "data",
     "decisions",
     "errors",
+    "measuring",
     "metrics",
     "models",
     "pipeline",
@@ -138,6 +144,7 @@ _MODULES = (
 
 __all__ = [
     "Architecture",
+    "Benchmark",
     "Budget",
     "Bundle",
     "CompressUQError",
@@ -160,6 +167,7 @@ __all__ = [
     "UncertainModel",
     "Verification",
     "__version__",
+    "benchmark",
     "build_model",
     "calibrate",
     "calibration",
@@ -180,11 +188,13 @@ __all__ = [
     "from_toml",
     "hold_out",
     "initial_model",
+    "layout_costs",
     "load_model",
     "load_new_data",
     "load_recorded_data",
     "load_splits",
     "mask_weights",
+    "measuring",
     "metrics",
     "models",
     "open_model_and_data",

@@ -22,7 +22,7 @@ from compress_uq.cost import Cost
 from compress_uq.data import Splits
 from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.errors import ArtifactError, InputError
-from compress_uq.export import ExportResult, TritonOptions, export_onnx, export_triton
+from compress_uq.export import CostTable, ExportResult, TritonOptions, export_onnx, export_triton
 from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.models import Architecture, versioned
 from compress_uq.progress import ProgressCallback, silent
@@ -94,6 +94,14 @@ class Bundle:
     def origin(self) -> Origin:
         """What a stage needs to know of the model; see `model`."""
         return self.model.origin
+
+    def architecture(self, arch: str | None = None) -> nn.Module | None:
+        """The dense architecture with untrained weights; None where the bundle names none that is built on its own.
+
+        Args:
+            arch: names the bundle's own `package.module:callable` again, which allows importing it.
+        """
+        return _dense(_current(json.loads(self.files["structure.json"])), None, arch)
 
     @property
     def report(self) -> ReportCard | LoadedCard:
@@ -205,15 +213,19 @@ class Bundle:
         sampling: str = "fixed",
         precision: str = "fp32",
         quantization: str = "cpu",
+        layout: str = "auto",
+        max_memory: int | str | None = None,
         input: str = "float32-nchw",
         resize: tuple[int, int] | None = None,
         splits: Splits | None = None,
+        on_cost: Callable[[CostTable], None] | None = None,
         progress: ProgressCallback = silent,
     ) -> ExportResult:
         """Export again; see `compress_uq.export_onnx`."""
         return export_onnx(
-            self.model, path, sampling=sampling, precision=precision, quantization=quantization, input=input,
-            resize=resize, splits=splits, recipe_hash=recipe_hash(self.recipe), progress=progress,
+            self.model, path, sampling=sampling, precision=precision, quantization=quantization, layout=layout,
+            max_memory=max_memory, input=input, resize=resize, splits=splits, recipe_hash=recipe_hash(self.recipe),
+            on_cost=on_cost, progress=progress,
         )  # fmt: skip
 
     def export_triton(

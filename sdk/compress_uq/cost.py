@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Cost", "count_macs", "evaluation_mode", "interleaved_milliseconds", "measure_cost", "on_device"]
+__all__ = [
+    "Cost",
+    "count_macs",
+    "evaluation_mode",
+    "interleaved_milliseconds",
+    "interleaved_times",
+    "measure_cost",
+    "on_device",
+]
 
 
 @contextmanager
@@ -86,6 +95,27 @@ def interleaved_milliseconds(
 
     Stops after `rounds` rounds, or after three once `seconds` have passed.
     """
+    times = interleaved_times(runs, rounds=rounds, seconds=seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def interleaved_times(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seconds: float = math.inf,
+    sparse: Mapping[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Milliseconds of every round of each alternative, in turns, after one round that does not count.
+
+    Args:
+        runs: by name.
+        rounds: how many at most; after three, none begins once `seconds` have passed.
+        sparse: alternatives that run in every k-th round only, by name; NaN where they did not.
+        clock: tells seconds; `time.thread_time` counts the work of this thread alone.
+    """
+    every = sparse or {}
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -94,7 +124,10 @@ def interleaved_milliseconds(
         if done >= 3 and time.perf_counter() - start > seconds:
             break
         for name, run in runs.items():
-            begin = time.perf_counter()
+            if done % every.get(name, 1):
+                times[name].append(math.nan)
+                continue
+            begin = clock()
             run()
-            times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(1000 * (clock() - begin))
+    return times

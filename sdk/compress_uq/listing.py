@@ -7,7 +7,7 @@ from typing import Any
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.data import AUGMENTATIONS, DATASETS, MADE_SETS
 from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
-from compress_uq.export import EXPORTERS
+from compress_uq.export import EXPORTERS, LAYOUTS, MEMBER_LAYOUTS, PRECISIONS, SCHEMES
 from compress_uq.metrics import METRICS
 from compress_uq.models import ARCHITECTURES
 from compress_uq.pruning import CRITERIA, SCHEDULES
@@ -27,6 +27,10 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "set_rules": SET_RULES,
     "metrics": METRICS,
     "exporters": EXPORTERS,
+    "precisions": PRECISIONS,
+    "quantizations": SCHEMES,
+    "layouts": MEMBER_LAYOUTS,
+    "inputs": LAYOUTS,
     "architectures": ARCHITECTURES,
     "datasets": DATASETS,
     "ood_sets": MADE_SETS,

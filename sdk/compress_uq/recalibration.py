@@ -107,7 +107,7 @@ def recalibrate(
     recipe = _recipe(bundle, new, splits, method)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        export_onnx(new, file, recipe_hash=recipe_hash(recipe))
+        export_onnx(new, file, layout=new.members.layouts[0], recipe_hash=recipe_hash(recipe))
         of_file = evaluate(file, splits, progress=progress, stage="onnx")
         content = file.read_bytes()
     assert new.origin.input_shape is not None

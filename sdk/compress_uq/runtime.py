@@ -22,7 +22,7 @@ try:
 except ImportError as _error:
     raise MissingDependencyError("onnxruntime is missing: pip install onnxruntime-gpu (or onnxruntime)") from _error
 
-__all__ = ["OnnxPredictor", "quantisation_tools", "read_model", "session", "survives_loading"]
+__all__ = ["OnnxPredictor", "available_providers", "quantisation_tools", "read_model", "session", "survives_loading"]
 
 METADATA_PREFIX = "compress_uq."
 _CPU = "CPUExecutionProvider"
@@ -38,11 +38,15 @@ def session(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     optimise: bool = True,
+    fallback: bool = True,
 ) -> Any:
     """An onnxruntime session; with `threads` its pool does not spin while it waits.
 
+    Without `fallback` nothing is left to the CPU that another provider was asked to do: onnxruntime does so in silence.
+
     Raises:
-        MissingDependencyError: two onnxruntime packages clash, or a provider is not there.
+        MissingDependencyError: two onnxruntime packages clash, a provider is not there, or, without `fallback`, it
+            falls back to the CPU.
     """
     available = onnxruntime.get_available_providers()
     _refuse_clash(available)
@@ -57,7 +61,17 @@ def session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    made = onnxruntime.InferenceSession(model, options, providers=wanted)
+    strict = not fallback and wanted[0] != _CPU
+    if strict:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        made = onnxruntime.InferenceSession(model, options, providers=wanted, enable_fallback=int(not strict))
+    except Exception as error:  # onnxruntime's errors have no common type
+        if strict and "fallback to CPU EP has been explicitly disabled" in str(error):
+            raise MissingDependencyError(f"{wanted[0]} leaves the graph, or a part of it, to the CPU") from error
+        raise
+    if strict and made.get_providers()[0] != wanted[0]:
+        raise MissingDependencyError(f"{wanted[0]} does not start on this machine: onnxruntime fell back to the CPU")
     idle = set(wanted) - set(made.get_providers())
     if idle and _CPU not in wanted:
         raise MissingDependencyError(
@@ -65,6 +79,11 @@ def session(
             f"or name {_CPU!r} behind it to accept that"
         )
     return made
+
+
+def available_providers() -> list[str]:
+    """The execution providers that this onnxruntime was built with, whether or not the machine can run them."""
+    return list(onnxruntime.get_available_providers())
 
 
 def read_model(path: str | os.PathLike[str]) -> bytes:

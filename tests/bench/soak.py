@@ -45,7 +45,7 @@ def make_file(folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network that was not trained with dropout
         uncertain = cuq.fit_uncertainty(pruned, method=cuq.uq.MCDropout(p=0.2, samples=20))
-    cuq.export_onnx(uncertain, folder / "model.onnx", sampling="seeded")
+    cuq.export_onnx(uncertain, folder / "model.onnx", sampling="seeded", layout="fold")
     return folder / "model.onnx"
 
 

@@ -119,7 +119,7 @@ def exported(model: nn.Module, example: torch.Tensor, path: Path) -> dict[str, A
     except UncertaintyError as error:
         note = str(error)
         uncertain = cuq.fit_uncertainty(model, method="msp", example_inputs=example)
-    written = cuq.export_onnx(uncertain, path)
+    written = cuq.export_onnx(uncertain, path, layout=uncertain.members.layouts[0])
     return {
         "method": uncertain.method.name, "samples": uncertain.members.count, "bytes": written.size_bytes,
         "parity": written.gates["parity"], "no_dropout": note,

@@ -17,12 +17,22 @@ from compress_uq.runtime import session
 from compress_uq.uncertain import UncertainModel, summarise
 from compress_uq.uq import Members
 
-__all__ = ["FEATURES", "LOGITS", "FileMembers", "assemble", "body_graph", "tensors_outside_networks"]
+__all__ = [
+    "FEATURES",
+    "LOGITS",
+    "NORMALISED",
+    "FileMembers",
+    "assemble",
+    "body_graph",
+    "of_features",
+    "tensors_outside_networks",
+]
 
 LOGITS, FEATURES = "member_logits", "features"
 """Where the body ends, as tensors are named in the file: float32 from here on."""
 
-_NORMALISED = "normalised_images"
+NORMALISED = "normalised_images"
+"""Where the body begins, in a file that takes pixels."""
 
 
 class _Body(nn.Module):
@@ -95,7 +105,7 @@ class FileMembers(Members):
 def body_graph(members: Members, model: UncertainModel, layout: Layout) -> onnx.ModelProto:
     """The graph from normalised images to `LOGITS` and, where a score of the model looks at them, `FEATURES`."""
     images, *seed = example_inputs(model, 2)
-    first = "images" if isinstance(layout, FloatImages) else _NORMALISED
+    first = "images" if isinstance(layout, FloatImages) else NORMALISED
     inputs = dict(zip((first, "seed"), (images, *seed), strict=False))
     return trace(_Body(members, of_features(model)), inputs, [LOGITS, FEATURES][: 1 + of_features(model)])
 
@@ -117,8 +127,8 @@ def assemble(body: onnx.ModelProto, model: UncertainModel, layout: Layout) -> on
     whole = _joined(body, summary, parts, "summary/")
     if isinstance(layout, FloatImages):
         return whole
-    front = trace(layout, {"images": layout.like(images)}, [_NORMALISED])
-    return _joined(_prefixed(front, "input/"), whole, [(_NORMALISED, _NORMALISED)], "")
+    front = trace(layout, {"images": layout.like(images)}, [NORMALISED])
+    return _joined(_prefixed(front, "input/"), whole, [(NORMALISED, NORMALISED)], "")
 
 
 def _joined(

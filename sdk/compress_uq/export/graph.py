@@ -70,8 +70,21 @@ def to_graph(model: UncertainModel, described: Mapping[str, Any], layout: Layout
     return proto
 
 
-def trace(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], batch: int = 0) -> onnx.ModelProto:
-    """The graph of a module whose inputs all have the images along the axis `batch`; it names no source file.
+def trace(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    batch: int = 0,
+    several: Mapping[str, Tensor] | None = None,
+) -> onnx.ModelProto:
+    """The graph of a module whose inputs have the images along the axis `batch`; it names no source file.
+
+    Args:
+        module: put in eval.
+        inputs: by name, in order.
+        outputs: names.
+        batch: the axis; one of length 1 is alike for all images and stays so.
+        several: further inputs, which the module takes as one tuple.
 
     Raises:
         ArtifactError: it would exceed the 2 GB of a single file.
@@ -81,18 +94,22 @@ def trace(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str
     if size > _LIMIT:
         raise ArtifactError(f"the model holds {size / 1e9:.1f} GB: one ONNX file holds under 2 GB; prune more")
     axis = torch.export.Dim("N")
+    arguments: tuple[Any, ...] = tuple(inputs.values())
     shapes: tuple[Any, ...] = tuple({batch: axis} for _ in inputs)
+    if several:
+        arguments += (tuple(several.values()),)
+        shapes += (tuple({batch: axis} if value.shape[batch] > 1 else {} for value in several.values()),)
     try:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 module.eval(),
-                tuple(inputs.values()),
+                arguments,
                 dynamo=True,
                 opset_version=OPSET,
                 external_data=False,
                 dynamic_shapes=shapes,
-                input_names=list(inputs),
+                input_names=[*inputs, *(several or {})],
                 output_names=list(outputs),
                 verbose=False,
             )

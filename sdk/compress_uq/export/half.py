@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ class HalfMembers(Members):
     def with_features(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (T, N, K) and features (G, N, D), float32."""
         return self.members.with_features(images.half(), seed)
+
+    def draw(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Masks in float32."""
+        return self.members.draw(images, seed)
+
+    def branch(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """One member's logits (N, K) float32."""
+        return self.members.branch(images.half(), masks)
 
 
 def _halve(module: nn.Module) -> None:

@@ -14,12 +14,13 @@ from torch.utils.data import Subset
 
 from compress_uq.data import Splits, batches
 from compress_uq.errors import GateError, InputError
-from compress_uq.export.body import body_graph, tensors_outside_networks
+from compress_uq.export.body import tensors_outside_networks
 from compress_uq.export.casts import transpose_before_rounding
 from compress_uq.export.graph import example_inputs
 from compress_uq.export.half import HalfMembers
 from compress_uq.export.integer import SCHEMES, nodes_reading, quantise
 from compress_uq.export.layouts import Layout
+from compress_uq.export.member_layouts import MemberLayout
 from compress_uq.predict import default_batch_size
 from compress_uq.registry import Entry, Registry
 from compress_uq.runtime import survives_loading
@@ -41,10 +42,14 @@ class Precision(ABC):
     quantization: str = "cpu"
     name: ClassVar[str]
     needs_images: ClassVar[bool] = False
+    rounds: ClassVar[bool] = True
+    """Whether the members' logits are others than in float32."""
 
     @abstractmethod
-    def body(self, model: UncertainModel, layout: Layout, splits: Splits | None) -> onnx.ModelProto | None:
-        """The graph of the members in this format; None where the whole model is traced at once."""
+    def body(
+        self, model: UncertainModel, layout: Layout, splits: Splits | None, members: MemberLayout
+    ) -> onnx.ModelProto:
+        """The graph of the members in this format and layout."""
 
     def described(self) -> dict[str, Any] | None:
         """How numbers are quantised; plain values."""
@@ -55,10 +60,13 @@ class Single(Precision):
     """float32 throughout."""
 
     name = "fp32"
+    rounds = False
 
-    def body(self, model: UncertainModel, layout: Layout, splits: Splits | None) -> onnx.ModelProto | None:
-        """None."""
-        return None
+    def body(
+        self, model: UncertainModel, layout: Layout, splits: Splits | None, members: MemberLayout
+    ) -> onnx.ModelProto:
+        """As torch computes it."""
+        return members.finish(members.trace(model.members, model, layout), model)
 
 
 class Half(Precision):
@@ -66,14 +74,18 @@ class Half(Precision):
 
     name = "fp16"
 
-    def body(self, model: UncertainModel, layout: Layout, splits: Splits | None) -> onnx.ModelProto | None:
+    def body(
+        self, model: UncertainModel, layout: Layout, splits: Splits | None, members: MemberLayout
+    ) -> onnx.ModelProto:
         """Authored in torch.
 
         Raises:
             GateError: onnxruntime's optimiser for CPUs crashes on it.
         """
-        body = body_graph(HalfMembers(model.members, *example_inputs(model, 2)), model, layout)
-        transpose_before_rounding(body)
+        halves = HalfMembers(model.members, *example_inputs(model, 2))
+        graph = members.trace(halves, model, layout)
+        transpose_before_rounding(graph)
+        body = members.finish(graph, model)
         if not survives_loading(body.SerializeToString()):
             raise GateError("gate 'loads': this model in fp16 makes onnxruntime crash on this CPU: export fp32 or int8")
         return body
@@ -85,7 +97,9 @@ class Integer(Precision):
     name = "int8"
     needs_images = True
 
-    def body(self, model: UncertainModel, layout: Layout, splits: Splits | None) -> onnx.ModelProto | None:
+    def body(
+        self, model: UncertainModel, layout: Layout, splits: Splits | None, members: MemberLayout
+    ) -> onnx.ModelProto:
         """Quantised by the ranges seen on the calibration split.
 
         Raises:
@@ -94,9 +108,10 @@ class Integer(Precision):
         scheme = SCHEMES[self.quantization]
         if splits is None:
             raise InputError("precision 'int8' takes its ranges from images: pass --data (splits=, with calibration)")
-        body = body_graph(model.members, model, layout)
-        feeds = _feeds(body, model, splits)
-        return quantise(body, scheme, feeds, nodes_reading(body, tensors_outside_networks(model.members)))
+        graph = members.trace(model.members, model, layout)
+        feeds = _feeds(graph, model, splits, members)
+        left = nodes_reading(graph, tensors_outside_networks(model.members))
+        return members.finish(quantise(graph, scheme, feeds, left), model)
 
     def described(self) -> dict[str, Any]:
         """Scheme, types and ranges."""
@@ -132,10 +147,12 @@ def calibration_images(splits: Splits, why: str, count: int = _IMAGES) -> Iterat
         yield images
 
 
-def _feeds(body: onnx.ModelProto, model: UncertainModel, splits: Splits) -> Iterator[dict[str, np.ndarray]]:
-    first = body.graph.input[0].name
+def _feeds(
+    graph: onnx.ModelProto, model: UncertainModel, splits: Splits, members: MemberLayout
+) -> Iterator[dict[str, np.ndarray]]:
+    first = graph.graph.input[0].name
     for number, images in enumerate(calibration_images(splits, "precision 'int8'")):
-        feed = {first: images.numpy()}
+        seed = None
         if model.members.sampling == "seeded":
-            feed["seed"] = np.random.default_rng(number).integers(-(2**62), 2**62, len(images))
-        yield feed
+            seed = torch.from_numpy(np.random.default_rng(number).integers(-(2**62), 2**62, len(images)))
+        yield {first: images.numpy(), **members.feed(model.members, images, seed, number)}

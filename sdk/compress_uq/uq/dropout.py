@@ -28,6 +28,8 @@ from compress_uq.uq.sites import Site
 __all__ = ["SampledDropout", "draw_masks", "find_fold", "restored", "sampled_macs"]
 
 _SEED: ContextVar[Tensor | None] = ContextVar("seed", default=None)
+_GIVEN: ContextVar[Sequence[Tensor] | None] = ContextVar("given", default=None)
+"""The masks of one member, while it runs alone."""
 
 
 class _Repeat(Hook):
@@ -37,6 +39,8 @@ class _Repeat(Hook):
         self._members = members
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if _GIVEN.get() is not None:
+            return inputs
         return tuple(_repeat(i, self._members) if isinstance(i, Tensor) else i for i in inputs)
 
 
@@ -81,19 +85,25 @@ class _Masked(nn.Module):
             module.register_forward_hook(_MaskHook(self))
 
     def forward(self, activations: Tensor) -> Tensor:
+        given = _GIVEN.get()
+        if given is not None:
+            return activations * given[self.salt].to(activations.dtype)
         split = activations.unsqueeze(0) if self.first else activations.unflatten(0, (self.members, -1))
-        return (split * self._draw(split[0]).to(split.dtype)).flatten(0, 1)
+        return (split * self.draw(split[0]).to(split.dtype)).flatten(0, 1)
 
     def layer(self, layer: nn.Module, inputs: Tensor) -> Tensor:
         """What a layer returns when each member drops its own connections, the same for all images of a call."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
+        given = _GIVEN.get()
+        if given is not None:
+            return grouped_layer(layer, inputs, weight * given[self.salt].to(weight.dtype))
         folded = _repeat(inputs, self.members) if self.first else inputs
-        masks = self._draw(inputs[:1]).flatten(0, 1)
+        masks = self.draw(inputs[:1]).flatten(0, 1)
         return grouped_layer(layer, folded, weight * masks.to(weight.dtype))
 
-    def _draw(self, one: Tensor) -> Tensor:
-        """(T, 1, *shape) for fixed masks, (T, N, *shape) for those of each image."""
+    def draw(self, one: Tensor) -> Tensor:
+        """(T, 1, *shape) for fixed masks, (T, N, *shape) for those of each of N images, that `one` has in front."""
         if self.sampling == "fixed":
             return self.masks.unsqueeze(1)
         if self.sampling == "random":
@@ -109,6 +119,8 @@ class _Masked(nn.Module):
 class SampledDropout(Members):
     """T members of one network, told apart by their dropout masks.
 
+    `forward` folds them into the batch; `branch` runs one of them alone.
+
     Args:
         network: the trained network; copied, in eval.
         sites: where it drops, in the order they run.
@@ -120,6 +132,8 @@ class SampledDropout(Members):
         modes: how it may sample; by default all that its sites allow.
         found: what was found when the masks were chosen; plain values.
     """
+
+    layouts = ("fold", "unroll")
 
     def __init__(
         self,
@@ -168,6 +182,22 @@ class SampledDropout(Members):
             _SEED.reset(token)
         members: Tensor = logits.unflatten(0, (self.count, -1))
         return members
+
+    def draw(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Masks of every site, (T, N, *shape), or (T, 1, *shape) alike for all images."""
+        token = _SEED.set(self._seeds(seed))
+        try:
+            return tuple(m.draw(images[:1] if m.site.of_weights else images) for m in self.masked)  # type: ignore[operator, union-attr]
+        finally:
+            _SEED.reset(token)
+
+    def branch(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """One member's logits (N, K) float32, given the masks of each site, (N, *shape) or (1, *shape)."""
+        token = _GIVEN.set(masks)
+        try:
+            return as_logits(self.network(images)).float()
+        finally:
+            _GIVEN.reset(token)
 
     def _of_images(self, vectors: Tensor, logits: Tensor) -> Tensor:
         """The members' mean; before the first site there is nothing to average."""

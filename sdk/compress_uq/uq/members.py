@@ -50,6 +50,9 @@ class Members(nn.Module, ABC):
     """The classifier's module, the same in every network; what enters it are the features."""
     found: Mapping[str, object] = MappingProxyType({})
     """What `Method.fit` chose or found on the way; plain values."""
+    layouts: tuple[str, ...] = ("fold",)
+    """How a graph may hold the members, the way that `forward` does it first: `fold`, in the batch axis of one network;
+    `unroll`, each as its own branch."""
 
     @property
     def fidelity(self) -> Fidelity | None:
@@ -83,6 +86,22 @@ class Members(nn.Module, ABC):
     def _of_images(self, vectors: Tensor, logits: Tensor) -> Tensor:
         """(N, D) from what entered one network's classifier."""
         return vectors
+
+    def draw(self, images: Tensor, seed: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What tells members apart, for `branch`: of each site masks (T, N, ...), or (T, 1, ...) alike for all images.
+
+        Raises:
+            UncertaintyError: members that do not share one network.
+        """
+        raise UncertaintyError("these members do not share one network that could be run for one of them alone")
+
+    def branch(self, images: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """Images (N, C, H, W) to one member's logits (N, K) float32; of each site its masks, (N, ...) or (1, ...).
+
+        Raises:
+            UncertaintyError: as for `draw`.
+        """
+        raise UncertaintyError("these members do not share one network that could be run for one of them alone")
 
     def structure(self) -> dict[str, Any]:
         """What `Method.restore` needs besides the networks and the tensors; plain values."""
@@ -122,6 +141,8 @@ class SingleMember(Members):
 
 class Networks(Members):
     """Several networks, each a member."""
+
+    layouts = ("unroll",)
 
     def __init__(
         self, networks: Sequence[nn.Module], head: str | None = None, found: Mapping[str, object] | None = None
