@@ -225,6 +225,20 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(dense, splits, tmp_path):
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
 
 
+def test_a_share_of_one_leaves_no_fine_tuning(dense, splits):
+    stages = []
+    made = cuq.compress(
+        dense.model, splits, sparsity=0.5, uq="msp", criterion=ResRep(share=1), epochs=2, batch_size=64, distillation_weight=0.0,
+        progress=lambda p: stages.append(p.stage),
+    )  # fmt: skip
+    assert "pruning by resrep" in stages
+    assert "fine-tuning" not in stages
+    card = made.report.to_json()
+    assert card["compressed"]["parameters"] < card["dense"]["parameters"]
+    with pytest.raises(InputError, match="no epoch is left"):
+        cuq.plan_compression(dense.model, splits, sparsity=0.5, uq="tradi", criterion=ResRep(share=1), epochs=2)
+
+
 def test_inner_layers_only():
     model = randomise(own("resnet20", (1, 8, 8)))
     groups, counts, evidence = setting(model, (1, 8, 8))
@@ -273,6 +287,8 @@ def test_what_resrep_refuses():
         ResRep(momentum=1)
     with pytest.raises(InputError, match="interval=0"):
         ResRep(interval=0)
+    with pytest.raises(InputError, match="share=0"):
+        ResRep(share=0)
     with pytest.raises(UnknownNameError, match="did you mean 'macs'"):
         ResRep(budget="mac")
     groups, counts, evidence = setting(own("mlp", (1, 8, 8), widths=(16,)), (1, 8, 8), batch_size=8)

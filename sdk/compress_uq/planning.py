@@ -21,7 +21,7 @@ from compress_uq.models import as_logits, refuse_non_finite
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, pruning_share, resolve_criterion
 from compress_uq.search import Budget, SearchResult, search_sparsity
-from compress_uq.shrinking import prune_networks
+from compress_uq.shrinking import prune_networks, pruning_epochs
 from compress_uq.stages import ModelsOrResults, unpack_all
 from compress_uq.steps import TrainingOptions, resolve_method, training_config
 from compress_uq.structure import differing_tensor
@@ -100,7 +100,7 @@ def plan_compression(
     share = pruning_share(pruning)
     if share is not None and config.epochs == 0:
         raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
-    if method.watches and config.epochs <= (0 if share is None else 1):
+    if method.watches and config.epochs == pruning_epochs(share, config.epochs):
         raise InputError(
             f"epochs={config.epochs}: {method.name} is made of what it sees in fine-tuning, and no epoch is left for it"
         )

@@ -18,7 +18,16 @@ from compress_uq.stages import AsGiven, Origin
 from compress_uq.steps import FinetuneResult, finetune
 from compress_uq.uq import Method
 
-__all__ = ["Part", "Shrunk", "finetune_dense", "parts_of", "prune_and_finetune", "prune_networks", "seconds_of"]
+__all__ = [
+    "Part",
+    "Shrunk",
+    "finetune_dense",
+    "parts_of",
+    "prune_and_finetune",
+    "prune_networks",
+    "pruning_epochs",
+    "seconds_of",
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class Part:
         return None if self.work_dir is None else self.work_dir / name
 
 
+def pruning_epochs(share: float | None, epochs: int) -> int:
+    """Of a run's epochs, those that pruning takes, at least one where it trains; the others are fine-tuning's."""
+    return 0 if share is None else min(epochs, max(1, round(epochs * share)))
+
+
 def prune_and_finetune(
     models: Sequence[nn.Module],
     splits: Splits,
@@ -86,7 +100,7 @@ def prune_and_finetune(
         InputError: whatever the two stages refuse.
     """
     share = pruning_share(pruning)
-    within_pruning = 0 if share is None else min(training.epochs, max(1, round(training.epochs * share)))
+    within_pruning = pruning_epochs(share, training.epochs)
     parts = parts_of(models, splits, method, training, progress, work_dir)
     if share is not None or not pruned:
         pruned = _prune(parts, pruning, augment, within_pruning)
