@@ -234,7 +234,7 @@ def test_a_share_of_one_leaves_no_fine_tuning(dense, splits):
     assert "pruning by resrep" in stages
     assert "fine-tuning" not in stages
     card = made.report.to_json()
-    assert card["compressed"]["parameters"] < card["dense"]["parameters"]
+    assert card["compressed"]["cost"]["parameters"] < card["dense"]["cost"]["parameters"]
     with pytest.raises(InputError, match="no epoch is left"):
         cuq.plan_compression(dense.model, splits, sparsity=0.5, uq="tradi", criterion=ResRep(share=1), epochs=2)
 
