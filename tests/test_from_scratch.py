@@ -51,6 +51,13 @@ def test_methods_are_trained_and_measured(tmp_path):
     assert found["mc-dropout"]["paper_nll"] != found["msp"]["paper_nll"]
 
 
+def test_slides_and_own_figures_agree_where_their_scores_do(tmp_path):
+    _, found = run(tmp_path, ["msp"], 'calibration = ["none"]\nood-score = ["confidence"]\n')
+    for name in ("aupr", "fpr95"):
+        assert found["msp"][f"ood_{name}_in"] == pytest.approx(found["msp"][f"paper_{name}"])
+        assert found["msp"][f"ood_{name}_in"] != found["msp"][f"ood_{name}"]
+
+
 def test_a_network_that_a_method_only_looks_at_is_trained_once(tmp_path):
     path = tmp_path / "s.toml"
     path.write_text(

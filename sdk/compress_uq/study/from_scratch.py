@@ -24,7 +24,7 @@ from compress_uq.data import ImageDataset, Splits, check_data_names, hold_out, l
 from compress_uq.errors import InputError
 from compress_uq.finishing import check_answers, finish
 from compress_uq.inputs import configure_method
-from compress_uq.metrics import METRICS, accuracy, nll, ood_auroc, paper
+from compress_uq.metrics import METRICS, accuracy, nll, ood_aupr_in, ood_auroc, ood_fpr95_in, paper
 from compress_uq.models import Architecture, versioned
 from compress_uq.predict import collect
 from compress_uq.report import Evaluation, evaluate
@@ -41,6 +41,8 @@ __all__ = ["FromScratchKind", "FromScratchSettings"]
 
 _NO_BEARING = frozenset({"data_root", "device", "workers"})
 _OOD = ("auroc", "aupr", "fpr95")
+_OOD_IN = {"ood_aupr_in": ood_aupr_in, "ood_fpr95_in": ood_fpr95_in}
+"""Of the same score, in-distribution as the positive class, as the slides have it."""
 _PAPER = ("paper_nll", "paper_accuracy", "paper_auroc", "paper_aupr", "paper_fpr95", "paper_ece")
 _COSTS = ("training_seconds", "networks", "parameters", "macs", "macs_share")
 
@@ -76,7 +78,7 @@ class FromScratchKind(Kind[FromScratchSettings]):
     shown = ("accuracy", "nll", "ece", "ause", "ood_auroc", "training_seconds")
     axis = "uq"
     settings = frozenset({*_OWN, *METHOD_HINTS, *_ANSWERS, *_TRAINING})
-    measures = frozenset({*METRICS.names, *_PAPER, *_COSTS, *(f"ood_{name}" for name in _OOD)})
+    measures = frozenset({*METRICS.names, *_PAPER, *_COSTS, *(f"ood_{name}" for name in _OOD), *_OOD_IN})
     without_bearing = _NO_BEARING
 
     def read(self, values: Mapping[str, Any]) -> FromScratchSettings:
@@ -142,7 +144,11 @@ class FromScratchKind(Kind[FromScratchSettings]):
     def higher_is_better(self, measure: str) -> bool:
         """As the list of metrics has it."""
         name = measure.removeprefix("paper_").removeprefix("ood_")
-        return name in ("auroc", "aupr") or (measure in METRICS and METRICS[measure] == "higher") or name == "accuracy"
+        return (
+            name.removesuffix("_in") in ("auroc", "aupr")
+            or (measure in METRICS and METRICS[measure] == "higher")
+            or name == "accuracy"
+        )
 
 
 def _splits(settings: FromScratchSettings) -> Splits:
@@ -207,8 +213,12 @@ def _ood(evaluation: Evaluation) -> dict[str, float | None]:
     """Means over the sets."""
     if not evaluation.ood:
         return {}
-    return {
+    known, foreign = evaluation.prediction.ood_score, evaluation.ood_scores.values()
+    found: dict[str, float | None] = {
         f"ood_{name}": float(np.mean([figures[name].value for figures in evaluation.ood.values()])) for name in _OOD
+    }
+    return found | {
+        name: float(np.mean([measure(known, scores) for scores in foreign])) for name, measure in _OOD_IN.items()
     }
 
 
