@@ -227,7 +227,9 @@ def test_a_provider_that_is_not_there_or_does_not_start(bundle_folder, monkeypat
         runtime.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr(
-        runtime.onnxruntime, "InferenceSession", lambda m, o, providers: real(m, o, providers=["CPUExecutionProvider"])
+        runtime.onnxruntime,
+        "InferenceSession",
+        lambda m, o, providers, **_: real(m, o, providers=["CPUExecutionProvider"]),
     )
     with pytest.raises(MissingDependencyError, match="'CUDAExecutionProvider' is installed and does not start"):
         cuq.OnnxPredictor(file, providers=["CUDAExecutionProvider"])

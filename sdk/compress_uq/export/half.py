@@ -33,6 +33,7 @@ class HalfMembers(Members):
     def __init__(self, members: Members, *example: Tensor) -> None:
         super().__init__()
         self.count, self.sampling, self.head, self.found = members.count, members.sampling, members.head, members.found
+        self.layouts = members.layouts
         self.members = _folded(members, *example)
         for network in self.members.networks:
             for module in network.modules():
