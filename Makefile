@@ -41,6 +41,7 @@ bench: $(READY)
 	$(BIN)/python tests/bench/importance.py
 	$(BIN)/python tests/bench/table1.py
 	$(BIN)/python tests/bench/card.py
+	$(BIN)/python tests/bench/training_cost.py
 
 # 100,000 requests of mixed sizes from 8 threads on one OnnxPredictor; REQUESTS=5000 for less.
 REQUESTS ?= 100000
