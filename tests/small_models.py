@@ -150,16 +150,20 @@ def no_model() -> dict:
     return {}
 
 
-def decided_model(shape, labels):
-    """An exportable model with dropout and both decision rules; random weights."""
+def uncertain_cnn(shape=(1, 8, 8), labels=("a", "b", "c", "d")) -> UncertainModel:
+    """MC dropout with five members, well apart, on a small CNN of four classes; random weights."""
     torch.manual_seed(0)
     options = {"widths": [16, 16]}
     network = randomise(cuq.build_model("compress-uq:cnn", num_classes=4, input_shape=shape, options=options))
     network[-1].weight.data *= 5
     origin = Origin(shape, Cost(1, 10**12, 1), labels, (0.5,), (0.25,))
     method = MCDropout(p=0.2, samples=5)
-    return UncertainModel(
-        method.fit(Trained((network,), origin)), method, origin,
+    return UncertainModel(method.fit(Trained((network,), origin)), method, origin)
+
+
+def decided_model(shape, labels):
+    """The same with both decision rules."""
+    return uncertain_cnn(shape, labels).but(
         acceptance=SGR({"risk": 0.1, "delta": 0.05}, threshold=torch.tensor(0.5)),
         sets=LAC({"coverage": 0.9}, threshold=torch.tensor(0.8)),
-    )  # fmt: skip
+    )

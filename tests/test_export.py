@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import compress_uq as cuq
-from compress_uq.cost import Cost
 from compress_uq.errors import ArtifactError, GateError, UncertaintyError
 from compress_uq.export.gates import GATES
 from compress_uq.export.graph import to_graph
@@ -19,22 +18,15 @@ from compress_uq.runtime import OnnxPredictor
 from compress_uq.stages import Origin
 from compress_uq.types import OUTPUT_NAMES
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import MSP, MCDropout, Networks, Trained
-from small_models import own, randomise
+from compress_uq.uq import MSP, Networks, Trained
+from small_models import own, uncertain_cnn
 
 SHAPE = (1, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def uncertain() -> UncertainModel:
-    torch.manual_seed(0)
-    origin = Origin(SHAPE, Cost(1, 10**12, 1), ("a", "b", "c", "d"), (0.5,), (0.25,))
-    model = randomise(
-        cuq.build_model("compress-uq:cnn", num_classes=4, input_shape=SHAPE, options={"widths": [16, 16]})
-    )
-    model[-1].weight.data *= 5
-    method = MCDropout(p=0.2, samples=5)
-    return UncertainModel(method.fit(Trained((model,), origin)), method, origin)
+    return uncertain_cnn()
 
 
 @pytest.fixture(scope="module")

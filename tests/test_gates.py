@@ -15,31 +15,21 @@ from torch.utils.data import TensorDataset
 
 import compress_uq as cuq
 import compress_uq.export.gates as gates
-from compress_uq.cost import Cost
 from compress_uq.errors import ArtifactError, GateError
 from compress_uq.export.body import LOGITS, assemble, body_graph
 from compress_uq.export.gates import GATES, check_graph
 from compress_uq.export.graph import describe, to_graph
 from compress_uq.export.layouts import FloatImages
 from compress_uq.runtime import quantisation_tools
-from compress_uq.stages import Origin
 from compress_uq.uncertain import UncertainModel, summarise
-from compress_uq.uq import MCDropout, Trained
-from small_models import randomise
+from small_models import uncertain_cnn
 
 SHAPE = (1, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def uncertain() -> UncertainModel:
-    torch.manual_seed(0)
-    origin = Origin(SHAPE, Cost(1, 10**12, 1), ("a", "b", "c", "d"), (0.5,), (0.25,))
-    model = randomise(
-        cuq.build_model("compress-uq:cnn", num_classes=4, input_shape=SHAPE, options={"widths": [16, 16]})
-    )
-    model[-1].weight.data *= 5
-    method = MCDropout(p=0.2, samples=5)
-    return UncertainModel(method.fit(Trained((model,), origin)), method, origin)
+    return uncertain_cnn()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The model repository: its configuration read back, its files, its Python backend, and what is refused."""
 
+import json
 import re
 import sys
 import types
@@ -289,6 +290,17 @@ def test_files_that_are_refused(files, tmp_path):
         cuq.export_triton(files / "random.onnx", tmp_path / "r", options=cuq.TritonOptions(instances=2))
     assert not (tmp_path / "r").exists()
     cuq.export_triton(files / "random.onnx", tmp_path / "r")
+
+
+def test_a_bundle_is_served_in_another_form(bundle_folder, tmp_path):
+    bundle = cuq.Bundle.load(bundle_folder)
+    as_it_is = bundle.export_triton(tmp_path / "a").path
+    assert (as_it_is / "1" / "model.onnx").read_bytes() == bundle.onnx
+    unrolled = bundle.export_triton(tmp_path / "b", sampling="seeded", layout="unroll").path
+    text = (unrolled / "config.pbtxt").read_text()
+    assert 'name: "seed"' in text
+    recorded = {entry.key: json.loads(entry.value) for entry in onnx.load(unrolled / "1" / "model.onnx").metadata_props}
+    assert recorded["compress_uq.layout"] == "unroll"
 
 
 def test_the_command(command, bundle_folder, tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -19,13 +19,11 @@ from torch import nn
 from compress_uq._version import __version__
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import Cost
-from compress_uq.data import Splits
 from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.errors import ArtifactError, InputError
-from compress_uq.export import CostTable, ExportResult, TritonOptions, export_onnx, export_triton
+from compress_uq.export import ExportOptions, ExportResult, TritonOptions, export_onnx, export_triton
 from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.models import Architecture, versioned
-from compress_uq.progress import ProgressCallback, silent
 from compress_uq.registry import Registry
 from compress_uq.report import ReportCard
 from compress_uq.report.card import markdown
@@ -206,46 +204,29 @@ class Bundle:
         onnx = files.pop("model.onnx")
         return cls(onnx, report, manifest["recipe"], files, manifest["data_fingerprint"], None, uncertain)
 
-    def export_onnx(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        sampling: str = "fixed",
-        precision: str = "fp32",
-        quantization: str = "cpu",
-        layout: str = "auto",
-        max_memory: int | str | None = None,
-        input: str = "float32-nchw",
-        resize: tuple[int, int] | None = None,
-        splits: Splits | None = None,
-        on_cost: Callable[[CostTable], None] | None = None,
-        progress: ProgressCallback = silent,
-    ) -> ExportResult:
+    def export_onnx(self, path: str | os.PathLike[str], **options: Unpack[ExportOptions]) -> ExportResult:
         """Export again; see `compress_uq.export_onnx`."""
-        return export_onnx(
-            self.model, path, sampling=sampling, precision=precision, quantization=quantization, layout=layout,
-            max_memory=max_memory, input=input, resize=resize, splits=splits, recipe_hash=recipe_hash(self.recipe),
-            on_cost=on_cost, progress=progress,
-        )  # fmt: skip
+        return export_onnx(self.model, path, recipe_hash=recipe_hash(self.recipe), **options)
 
     def export_triton(
         self,
         path: str | os.PathLike[str],
         *,
-        sampling: str = "fixed",
         options: TritonOptions | None = None,
         overwrite: bool = False,
+        **form: Unpack[ExportOptions],
     ) -> ExportResult:
-        """Put this bundle's file, or one in another sampling mode, into a model repository.
+        """Put this bundle's file, or one exported again in another form, into a model repository.
 
-        See `compress_uq.export_triton`. With `fixed` it is model.onnx as it stands, and no torch model is needed.
+        See `compress_uq.export_triton`, and `export_onnx` for the form. Without one it is model.onnx as it stands, and
+        no torch model is needed.
         """
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
-            if sampling == "fixed":
-                file.write_bytes(self.onnx)
+            if form:
+                self.export_onnx(file, **form)
             else:
-                self.export_onnx(file, sampling=sampling)
+                file.write_bytes(self.onnx)
             return export_triton(file, path, options=options, overwrite=overwrite)
 
 

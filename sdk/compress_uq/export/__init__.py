@@ -6,7 +6,7 @@ from compress_uq.export.gates import GATES, GateInput, NotCompared, check_graph,
 from compress_uq.export.integer import SCHEMES
 from compress_uq.export.layouts import LAYOUTS
 from compress_uq.export.member_layouts import MEMBER_LAYOUTS
-from compress_uq.export.onnx_file import ExportResult, export_onnx, layout_costs
+from compress_uq.export.onnx_file import ExportOptions, ExportResult, export_onnx, layout_costs
 from compress_uq.export.parts import Parts, split_model
 from compress_uq.export.precisions import PRECISIONS
 from compress_uq.export.triton import TritonOptions, export_triton
@@ -20,6 +20,7 @@ __all__ = [
     "PRECISIONS",
     "SCHEMES",
     "CostTable",
+    "ExportOptions",
     "ExportResult",
     "GateInput",
     "LayoutCost",

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import onnx
@@ -30,10 +31,25 @@ from compress_uq.progress import ProgressCallback, silent
 from compress_uq.storage import write_bytes
 from compress_uq.uncertain import UncertainModel
 
-__all__ = ["ExportResult", "export_onnx", "layout_costs"]
+__all__ = ["ExportOptions", "ExportResult", "export_onnx", "layout_costs"]
 
 _MOST_BRANCHES = 64
 """Samples up to which `auto` looks at a branch for each: more make a graph that takes long to load."""
+
+
+class ExportOptions(TypedDict, total=False):
+    """The form of a file, and how it is made, as `export_onnx` takes them by name."""
+
+    sampling: str
+    precision: str
+    quantization: str
+    layout: str
+    max_memory: int | str | None
+    input: str
+    resize: tuple[int, int] | None
+    splits: Splits | None
+    on_cost: Callable[[CostTable], None] | None
+    progress: ProgressCallback
 
 
 @dataclass(frozen=True)
