@@ -12,7 +12,8 @@ import compress_uq as cuq
 from compress_uq.config import TrainingConfig, from_toml, to_toml
 from compress_uq.errors import DataError, InputError, ModelError, UnknownNameError
 from compress_uq.progress import Progress
-from compress_uq.training import _class_weights, _Loss, fit_network, resolve_device
+from compress_uq.training import fit_network, resolve_device
+from compress_uq.training.loss import TrainingLoss, class_weights
 from small_models import own
 
 
@@ -92,22 +93,22 @@ def test_distillation_loss_by_hand():
     teacher = nn.Linear(3, 4)
     images, student, labels = torch.randn(5, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     config = TrainingConfig(distillation_weight=0.7, distillation_temperature=3.0)
-    got = _Loss(config, None, teacher)(images, student, labels)
+    got = TrainingLoss(config, None, teacher)(images, student, labels)
     p = F.softmax(teacher(images) / 3, 1)
     divergence = (p * (p.log() - F.log_softmax(student / 3, 1))).sum(1).mean()
     wanted = 0.3 * F.cross_entropy(student, labels) + 0.7 * 9 * divergence
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
-    plain = _Loss(config, None, None)(images, student, labels)
+    plain = TrainingLoss(config, None, None)(images, student, labels)
     assert plain.item() == pytest.approx(F.cross_entropy(student, labels).item())
 
 
 def test_class_weights_by_hand(train):
     labels = torch.tensor([0, 0, 0, 1])
     data = TensorDataset(torch.zeros(4, 1), labels)
-    balanced = _class_weights(TrainingConfig(class_weights="balanced"), data, torch.device("cpu"))
+    balanced = class_weights(TrainingConfig(class_weights="balanced"), data, torch.device("cpu"))
     assert balanced.tolist() == pytest.approx([4 / (2 * 3), 4 / 2])
     logits = torch.randn(4, 2)
-    got = _Loss(TrainingConfig(), balanced, None)(torch.zeros(4, 1), logits, labels)
+    got = TrainingLoss(TrainingConfig(), balanced, None)(torch.zeros(4, 1), logits, labels)
     assert got.item() == pytest.approx(F.cross_entropy(logits, labels, weight=balanced).item(), rel=1e-5)
     with pytest.raises(DataError, match="2 class weights given: the data have 10 classes"):
         cuq.finetune(network(), cuq.Splits(train=train), epochs=1, class_weights=(1.0, 2.0))
