@@ -25,7 +25,7 @@ LAYERS = [
     {"pruning", "uq", "calibration", "scores", "decisions"},
     {"uncertain", "structure"},
     {"steps", "report"},
-    {"choosing", "deciding"},
+    {"choosing", "deciding", "stored"},
     {"shrinking", "held_out", "finishing", "export"},
     {"search", "compression"},
     {"layer_sensitivity", "planning"},

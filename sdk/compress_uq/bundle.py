@@ -7,46 +7,27 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Unpack
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import nn
 
 from compress_uq._version import __version__
-from compress_uq.calibration import CALIBRATORS
-from compress_uq.cost import Cost
-from compress_uq.decisions import ACCEPTANCE_RULES, SET_RULES
 from compress_uq.errors import ArtifactError, InputError
 from compress_uq.export import ExportOptions, ExportResult, TritonOptions, export_onnx, export_triton
-from compress_uq.fitted import fitted_record, restore_fitted
-from compress_uq.models import Architecture, versioned
-from compress_uq.registry import Registry
+from compress_uq.models import Architecture
 from compress_uq.report import ReportCard
 from compress_uq.report.card import markdown
-from compress_uq.scores import SCORES
 from compress_uq.stages import Origin
 from compress_uq.storage import refuse_existing, replace_directory, sha256
-from compress_uq.structure import describe_structure, rebuild
+from compress_uq.stored import FORMAT_VERSION, current, describe, describe_fitted, restore, tensors_of
 from compress_uq.uncertain import UncertainModel
-from compress_uq.uq import METHODS
 
 __all__ = ["FORMAT_VERSION", "Bundle", "verify_files", "recipe_hash"]
 
-FORMAT_VERSION = 2
 FILES = ("model.safetensors", "structure.json", "report.json", "report.md", "report.html", "model.onnx")
-
-_PARTS: dict[str, Registry[Any]] = {
-    "calibrator": CALIBRATORS,
-    "score": SCORES,
-    "ood_score": SCORES,
-    "acceptance": ACCEPTANCE_RULES,
-    "sets": SET_RULES,
-}
-"""What an uncertain model holds besides its members, each restored by name."""
 
 _NO_ARCHITECTURE = (
     "this bundle does not name an architecture that is rebuilt on its own: name its package.module:callable again with "
@@ -99,7 +80,7 @@ class Bundle:
         Args:
             arch: names the bundle's own `package.module:callable` again, which allows importing it.
         """
-        return _dense(_current(json.loads(self.files["structure.json"])), None, arch)
+        return _dense(current(json.loads(self.files["structure.json"])), None, arch)
 
     @property
     def report(self) -> ReportCard | LoadedCard:
@@ -119,8 +100,8 @@ class Bundle:
         """A bundle from what a run produced."""
         report = card.to_json()
         files = {
-            "model.safetensors": _tensors(model),
-            "structure.json": _json(_structure(model, dense, architecture)),
+            "model.safetensors": tensors_of(model),
+            "structure.json": _json(describe(model, dense, architecture)),
             "report.json": _json(report),
             "report.md": card.to_markdown().encode(),
             "report.html": card.to_html().encode(),
@@ -135,11 +116,10 @@ class Bundle:
             onnx: its exported file.
             report: content of report.json; page: of report.html.
         """
-        structure = _current(json.loads(self.files["structure.json"]))
-        changed = {"format_version": FORMAT_VERSION, **_fitted(model), "origin": asdict(model.origin)}
+        structure = current(json.loads(self.files["structure.json"]))
         files = {
-            "model.safetensors": _tensors(model),
-            "structure.json": _json({**structure, **changed}),
+            "model.safetensors": tensors_of(model),
+            "structure.json": _json({**structure, **describe_fitted(model)}),
             "report.json": _json(report),
             "report.md": markdown(report).encode(),
             "report.html": page.encode(),
@@ -197,9 +177,9 @@ class Bundle:
         folder = Path(path)
         manifest = verify_files(folder)
         files = {name: (folder / name).read_bytes() for name in FILES}
-        structure = _current(json.loads(files["structure.json"]))
+        structure = current(json.loads(files["structure.json"]))
         dense = _dense(structure, model, arch)
-        uncertain = None if dense is None else _rebuild(structure, dense, files["model.safetensors"])
+        uncertain = None if dense is None else restore(structure, dense, files["model.safetensors"])
         report = json.loads(files["report.json"])
         onnx = files.pop("model.onnx")
         return cls(onnx, report, manifest["recipe"], files, manifest["data_fingerprint"], None, uncertain)
@@ -273,29 +253,6 @@ def verify_files(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _tensors(model: UncertainModel) -> bytes:
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    content: bytes = save_tensors(state)
-    return content
-
-
-def _structure(model: UncertainModel, dense: nn.Module, architecture: Architecture | None) -> dict[str, Any]:
-    origin = model.origin
-    return {
-        "format_version": FORMAT_VERSION,
-        "architecture": None if architecture is None else architecture.to_json(),
-        "networks": [describe_structure(dense, network) for network in model.members.networks],
-        "method": {"name": model.method.name, "options": vars(model.method)},
-        "members": model.members.structure(),
-        **_fitted(model),
-        "origin": asdict(origin),
-    }
-
-
-def _fitted(model: UncertainModel) -> dict[str, Any]:
-    return {**{part: fitted_record(getattr(model, part)) for part in _PARTS}, "record": model.record}
-
-
 def _dense(
     structure: Mapping[str, Any], model: nn.Module | Callable[[], nn.Module] | None, arch: str | None
 ) -> nn.Module | None:
@@ -311,45 +268,6 @@ def _dense(
     if architecture.imports_user_code and arch != architecture.reference:
         return None
     return architecture.build()
-
-
-def _rebuild(structure: Mapping[str, Any], dense: nn.Module, tensors: bytes) -> UncertainModel:
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in structure["method"]["options"].items()}
-    method = METHODS[structure["method"]["name"]](**options)
-    networks = [rebuild(dense, described).eval() for described in structure["networks"]]
-    state = load_tensors(tensors)
-    model = UncertainModel(
-        method.restore(networks, structure["members"]),
-        method,
-        _origin(structure["origin"]),
-        record=structure.get("record"),
-        **{part: restore_fitted(registry, structure[part], state, f"{part}.") for part, registry in _PARTS.items()},
-    )
-    try:
-        model.load_state_dict(versioned(model, state))
-    except RuntimeError as error:
-        raise ArtifactError(
-            f"model.safetensors does not fit structure.json: {str(error).splitlines()[1].strip()}"
-        ) from error
-    return model
-
-
-def _current(structure: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A structure in today's form. Of format 1: one network, a calibrator, and nothing else that was fitted."""
-    if structure["format_version"] > 1:
-        members = structure["members"]
-        if members.get("fidelity") is None:
-            return structure
-        found = {**members["found"], "fidelity": members["fidelity"]}
-        return {**structure, "members": {**members, "found": found}}
-    fitted = {"calibrator": {"name": structure["calibrator"], "options": {}}}
-    return {**structure, "networks": [structure["network"]], **dict.fromkeys(_PARTS), **fitted}
-
-
-def _origin(data: Mapping[str, Any]) -> Origin:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    cost = values.pop("dense_cost")
-    return Origin(dense_cost=None if cost is None else Cost(**cost), **values)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

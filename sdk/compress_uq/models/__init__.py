@@ -8,12 +8,11 @@ from compress_uq.models.files import (
     load_model,
     open_model_file,
     read_checkpoint,
-    refuse_non_finite,
     save_model,
-    versioned,
 )
 from compress_uq.models.layers import ChannelSelect
 from compress_uq.models.outputs import as_logits
+from compress_uq.models.weights import refuse_non_finite, versioned
 
 __all__ = [
     "ARCHITECTURES",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from compress_uq.errors import ModelError
 from compress_uq.models.architectures import Architecture, import_from_here
-from compress_uq.models.layers import ChannelSelect
+from compress_uq.models.weights import fit_weights, refuse_non_finite
 from compress_uq.storage import write_bytes
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "open_model_file",
     "read_checkpoint",
     "save_model",
-    "versioned",
 ]
 
 _FORMAT = "compress-uq-checkpoint"
@@ -142,7 +140,7 @@ class ModelFile:
         else:
             models = [reference.build() for _ in self.states]
             for model, state in zip(models, self.states, strict=True):
-                _fit(model, state, self.path, reference.reference)
+                fit_weights(model, state, self.path, reference.reference)
         for model in models:
             refuse_non_finite(model, self.path)
         return Checkpoint(
@@ -261,7 +259,7 @@ def save_model(
         raise ModelError(f"{path}: no model was given")
     states = [{k: v.detach().cpu().contiguous() for k, v in one.state_dict().items()} for one in models]
     for state in states:
-        _fit(arch.build(), state, Path(path), arch.reference)
+        fit_weights(arch.build(), state, Path(path), arch.reference)
     header: dict[str, Any] = {
         "format": _FORMAT,
         "format_version": _OF_ONE_MODEL if len(states) == 1 else _FORMAT_VERSION,
@@ -312,54 +310,3 @@ def _state_dict(content: Mapping[str, Any], file: Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return state
-
-
-def _fit(model: nn.Module, state: Mapping[str, Tensor], file: Path, reference: str) -> None:
-    """Load weights into a model, or name the first thing that does not fit and both shapes."""
-    wanted = model.state_dict()
-    for name, tensor in wanted.items():
-        if name not in state:
-            if name.endswith("num_batches_tracked") or _without_weights(model, name):
-                continue
-            raise ModelError(
-                f"{file} does not fit {reference}: {name} {tuple(tensor.shape)} is not in the file"
-                + _nearest_shape(tensor, state)
-            )
-        if state[name].shape != tensor.shape:
-            raise ModelError(
-                f"{file} does not fit {reference}: {name} is {tuple(state[name].shape)} in the file "
-                f"and {tuple(tensor.shape)} in the model"
-            )
-    extra = next((name for name in state if name not in wanted), None)
-    if extra is not None:
-        raise ModelError(
-            f"{file} does not fit {reference}: {extra} {tuple(state[extra].shape)} is in the file and not in the model"
-        )
-    model.load_state_dict(versioned(model, state), strict=False)
-
-
-def versioned(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as of the model's own version: files of tensors do not tell it, and some modules ask."""
-    state = OrderedDict(state)
-    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    return state
-
-
-def _without_weights(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), ChannelSelect)
-
-
-def _nearest_shape(tensor: Tensor, state: Mapping[str, Tensor]) -> str:
-    first = next(iter(state))
-    return f" (which starts with {first} {tuple(state[first].shape)})"
-
-
-def refuse_non_finite(model: nn.Module, name_of_model: str | Path) -> None:
-    """Refuse damaged weights.
-
-    Raises:
-        ModelError: a tensor holds NaN or infinity; names it.
-    """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name_of_model}: {name} holds NaN or infinite values: the weights are damaged")
