@@ -18,6 +18,7 @@ from compress_uq.uncertain import UncertainModel
 from compress_uq.uq import MCDropout, Trained
 
 SHAPE = (1, 8, 8)
+CPU = "CPUExecutionProvider"
 ROWS = ["dense, one pass", "dense, eager loop", "floor", "compressed, fp32, fold", "compressed, fp32, unroll"]
 
 
@@ -94,7 +95,7 @@ class OnCpu:
     """A session that runs on the CPU whatever was asked for, as onnxruntime does in silence."""
 
     def __init__(self, model, options, providers, enable_fallback):
-        self.real = runtime._REAL(model, runtime.onnxruntime.SessionOptions(), providers=["CPUExecutionProvider"])
+        self.real = runtime._REAL(model, runtime.onnxruntime.SessionOptions(), providers=[CPU])
 
     def __getattr__(self, name):
         return getattr(self.real, name)
@@ -104,7 +105,7 @@ class OnCpu:
 def pretended(monkeypatch):
     """An onnxruntime that lists a GPU provider."""
     monkeypatch.setattr(runtime, "_REAL", runtime.onnxruntime.InferenceSession, raising=False)
-    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    listed = ["CUDAExecutionProvider", CPU]
     monkeypatch.setattr(runtime.onnxruntime, "get_available_providers", lambda: listed)
 
     def use(sessions):
@@ -113,21 +114,51 @@ def pretended(monkeypatch):
     return use
 
 
-def test_falling_back_to_the_cpu_is_a_failure(pretended, model):
-    pretended(OnCpu)
-    timed = cuq.benchmark(
-        model, providers=["cuda", "tensorrt", "cpu"], batch_sizes=(1,), layouts=["fold"], rounds=3, memory=False
-    )
+class InPart(OnCpu):
+    """A session of a provider that starts, and leaves nodes to the CPU where it may."""
+
+    def __init__(self, model, options, providers, enable_fallback):
+        if not enable_fallback:
+            raise RuntimeError("graph nodes are assigned to it, but fallback to CPU EP has been explicitly disabled")
+        super().__init__(model, options, providers, enable_fallback)
+        self.get_providers = lambda: providers
+
+
+ON_CUDA = {"providers": ["cuda", "cpu"], "batch_sizes": (1,), "layouts": ["fold"], "rounds": 3, "memory": False}
+
+
+@pytest.fixture
+def in_part(pretended):
+    real = runtime.onnxruntime.InferenceSession
+    pretended(lambda *a, providers, **k: (InPart if providers[0] != CPU else real)(*a, providers=providers, **k))
+
+
+def test_leaving_a_part_to_the_cpu_is_a_failure(in_part, model):
+    timed = cuq.benchmark(model, **ON_CUDA)
     on_cuda = [row for row in timed.rows if row.provider == "cuda"]
     assert [row.name for row in on_cuda] == ["floor: trunk", "floor: tail", "compressed, fp32, fold"]
-    assert all("fell back to the CPU" in row.failure and row.p50_ms is None for row in on_cuda)
-    missing = [row.failure for row in timed.rows if row.provider == "tensorrt"]
-    assert len(missing) == 3
-    assert all("'TensorrtExecutionProvider' is not there" in failure for failure in missing)
+    assert all("to the CPU" in row.failure and row.p50_ms is None for row in on_cuda)
     assert [row.name for row in timed.rows if row.p50_ms] == ["floor", "compressed, fp32, fold"]
-    assert "failed: CUDAExecutionProvider does not start" in timed.to_markdown()
+    assert "failed: CUDAExecutionProvider leaves" in timed.to_markdown()
     assert timed.to_png()
     assert timed.notes[0].startswith("the dense model is not at hand")
+
+
+def test_the_command_ends_with_two_when_rows_failed(in_part, command, bundle_folder, tmp_path):
+    line = "--providers cuda,cpu --batch-sizes 1 --layout fold --rounds 3 --out timed --json"
+    code, out, err = command("benchmark", bundle_folder, *line.split())
+    assert code == 2
+    assert "rows were not timed, the first dense, one pass on cuda: CUDAExecutionProvider leaves" in err
+    assert [row["failure"] is None for row in json.loads(out)["rows"] if row["provider"] == "cpu"] == [True] * 4
+    assert (tmp_path / "timed" / "benchmark.md").is_file()
+
+
+def test_a_provider_that_does_not_start_is_refused(pretended, model):
+    pretended(OnCpu)
+    with pytest.raises(InputError, match="'cuda' does not start on this machine: .* leave cuda out of --providers"):
+        cuq.benchmark(model, **ON_CUDA)
+    with pytest.raises(InputError, match="'tensorrt' is not there: onnxruntime has CUDAExecutionProvider, CPU"):
+        cuq.benchmark(model, **{**ON_CUDA, "providers": ["tensorrt"]})
 
 
 def test_leaving_nodes_to_the_cpu_is_a_failure(pretended):

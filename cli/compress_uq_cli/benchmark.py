@@ -62,6 +62,12 @@ def benchmark(
         note(f"{out}: {', '.join(_FILES)}")
     if json:
         print_json(result.to_json())
+    failed = [row for row in result.rows if row.failure is not None]
+    if failed:
+        raise cuq.InputError(
+            f"{len(failed)} of {len(result.rows)} rows were not timed, the first {failed[0].name} on "
+            f"{failed[0].provider}: {failed[0].failure}"
+        )
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
