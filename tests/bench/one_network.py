@@ -2,8 +2,9 @@
 
     python tests/bench/one_network.py BUNDLE DATA [--data-root DIR] [--ood SET]... [--methods M,M] [--scores S,S]
 
-Prints Markdown. The bundle has one network; its own method stands as it was fitted, dropout of another is not trained
-in. All are calibrated by a temperature on the fifth of the test split that calibrates, and measured on the rest.
+Prints Markdown. The bundle has one network; members that it samples stand as they were fitted, dropout of another
+method is not trained in. All are calibrated by a temperature on the fifth of the test split that calibrates, and
+measured on the rest.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
     sys.stdout.write("| method | OOD score | " + " | ".join((*MEASURES, *(Path(s).name for s in given.ood))) + " |\n")
     sys.stdout.write("|" + "---|" * (2 + len(MEASURES) + len(given.ood)) + "\n")
     for method, score in [(first, plain), *((first, score) for score in scores), *((name, plain) for name in others)]:
-        if method == bundle.model.method.name:
+        if method == bundle.model.method.name and bundle.model.members.count > 1:
             model = bundle.model
         else:
             model = cuq.fit_uncertainty(copy.deepcopy(network), splits, method=method)
