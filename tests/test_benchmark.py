@@ -155,9 +155,9 @@ def test_the_command_ends_with_two_when_rows_failed(in_part, command, bundle_fol
 
 def test_a_provider_that_does_not_start_is_refused(pretended, model):
     pretended(OnCpu)
-    with pytest.raises(InputError, match="'cuda' does not start on this machine: .* leave cuda out of --providers"):
+    with pytest.raises(MissingDependencyError, match="'CUDAExecutionProvider' is installed and does not start"):
         cuq.benchmark(model, **ON_CUDA)
-    with pytest.raises(InputError, match="'tensorrt' is not there: onnxruntime has CUDAExecutionProvider, CPU"):
+    with pytest.raises(MissingDependencyError, match="'TensorrtExecutionProvider' is not there: onnxruntime has CUDA"):
         cuq.benchmark(model, **{**ON_CUDA, "providers": ["tensorrt"]})
 
 

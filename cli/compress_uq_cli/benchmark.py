@@ -64,7 +64,7 @@ def benchmark(
         print_json(result.to_json())
     failed = [row for row in result.rows if row.failure is not None]
     if failed:
-        raise cuq.InputError(
+        raise cuq.errors.MissingDependencyError(
             f"{len(failed)} of {len(result.rows)} rows were not timed, the first {failed[0].name} on "
             f"{failed[0].provider}: {failed[0].failure}"
         )

@@ -25,7 +25,7 @@ from compress_uq.storage import refuse_existing, replace_directory, sha256
 from compress_uq.stored import FORMAT_VERSION, current, describe, describe_fitted, restore, tensors_of
 from compress_uq.uncertain import UncertainModel
 
-__all__ = ["FORMAT_VERSION", "Bundle", "verify_files", "recipe_hash"]
+__all__ = ["Bundle", "verify_files", "recipe_hash"]
 
 FILES = ("model.safetensors", "structure.json", "report.json", "report.md", "report.html", "model.onnx")
 

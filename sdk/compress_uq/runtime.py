@@ -75,8 +75,8 @@ def session(
     idle = set(wanted) - set(made.get_providers())
     if idle and _CPU not in wanted:
         raise MissingDependencyError(
-            f"provider {min(idle)!r} is installed and does not start on this machine: check its driver and libraries, "
-            f"or name {_CPU!r} behind it to accept that"
+            f"provider {min(idle)!r} is installed and does not start on this machine: check its device, driver and "
+            "libraries, or do without it"
         )
     return made
 

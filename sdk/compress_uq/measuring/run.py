@@ -108,7 +108,8 @@ def benchmark(
         progress: called as the work goes on.
 
     Raises:
-        InputError: a name or a number that cannot be, a provider that does not start, or images that are missing.
+        InputError: a name or a number that cannot be, or images that are missing.
+        MissingDependencyError: a provider that is not there or does not start.
     """
     wanted = list(providers) if providers is not None else _present()
     _check(batch_sizes, threads, precisions, layouts, wanted, rounds, clock)
@@ -129,7 +130,8 @@ def benchmark(
         notes.append(_NO_DENSE)
     if uncertain is not None:
         files += floor_files(uncertain)
-    _refuse_idle(wanted, model.onnx if isinstance(model, Bundle) else files[-1].content)
+    for name in wanted:
+        session(model.onnx if isinstance(model, Bundle) else files[-1].content, providers=_PROVIDERS[name])
     files += compressed_files(model, precisions, layouts, quantization, splits, notes.append)
     last = session(files[-1].content)
     shape = tuple(last.get_inputs()[0].shape[1:])
@@ -166,23 +168,6 @@ def _check(
         raise InputError("nothing to time: expected a precision such as fp32 and a provider such as cpu")
     if clock == "cpu" and (set(threads) != {1} or set(providers) != {"cpu"}):
         raise InputError("clock 'cpu' counts the work of one thread: expected threads 1 and provider cpu alone")
-
-
-def _refuse_idle(providers: Sequence[str], content: bytes) -> None:
-    """Refuse a provider that this onnxruntime lacks or this machine cannot start, before anything is timed."""
-    for name in providers:
-        wanted, there = set(_PROVIDERS[name]), available_providers()
-        otherwise = f"or leave {name} out of --providers (providers=)"
-        if not wanted <= set(there):
-            raise InputError(
-                f"provider {name!r} is not there: onnxruntime has {', '.join(there)}; install it, {otherwise}"
-            )
-        if not wanted <= set(
-            session(content, providers=list(dict.fromkeys([*_PROVIDERS[name], "CPUExecutionProvider"]))).get_providers()
-        ):
-            raise InputError(
-                f"provider {name!r} does not start on this machine: check its device, driver and libraries, {otherwise}"
-            )
 
 
 def _try(loop: EagerLoop, model: UncertainModel) -> None:
