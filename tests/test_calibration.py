@@ -79,6 +79,14 @@ def test_a_separable_split_has_no_temperature():
         Temperature.fit(logits, (np.repeat(np.arange(3), 4) + 1) % 3)
 
 
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e4])
+def test_a_temperature_is_found_whatever_the_scale_of_the_logits(factor):
+    logits, labels = draw(members=2)
+    assert Temperature.fit(logits * factor, labels).temperature == pytest.approx(
+        factor * Temperature.fit(logits, labels).temperature, rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("members", [1, 3])
 def test_the_gradient_of_vector_is_that_of_its_likelihood(members, monkeypatch):
     monkeypatch.setattr(vector_module, "_CHUNK", 300)  # several chunks
@@ -124,6 +132,18 @@ def test_dirichlet_without_odir_equals_multinomial_regression():
         torch.tensor(log_p).exp()
     )
     assert np.abs(q.numpy() - outside.predict_proba(log_p)).max() < 0.005
+
+
+def test_odir_gives_way_to_many_images():
+    """Where the truth is a Dirichlet map, the fit comes near to its likelihood."""
+    random, classes = np.random.default_rng(0), 4
+    log_p = np.log(random.dirichlet(np.full(classes, 0.6), 24_000))
+    weight = np.eye(classes) + random.normal(size=(classes, classes)) * 0.3
+    truth = softmax(log_p @ weight.T, 1)
+    labels = (truth.cumsum(1) > random.random(len(truth))[:, None]).argmax(1)
+    fitted = Dirichlet.fit(log_p[None, :4000], labels[:4000])
+    q = fitted.probabilities(torch.from_numpy(np.exp(log_p[4000:])).float()).numpy()
+    assert nll(q, labels[4000:]) - nll(truth[4000:], labels[4000:]) < 0.002
 
 
 def one_vs_rest(kind, p, labels, p_test, targets=lambda hits: hits.astype(int)):

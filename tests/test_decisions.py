@@ -15,11 +15,14 @@ from torch.utils.data import Subset, TensorDataset
 
 import compress_uq as cuq
 from compress_uq.calibration import Temperature
+from compress_uq.config import Guarantees
 from compress_uq.data import divide
+from compress_uq.deciding import check_decisions
 from compress_uq.decisions import LAC, RAPS, SET_RULES, SGR, binomial_bound, conformal_rank, smallest_risk
 from compress_uq.errors import DataError, DecisionError, GateError, InputError, UnknownNameError
 from compress_uq.export.gates import check_graph
-from compress_uq.report.decisions import broken, decision_figures, wilson
+from compress_uq.metrics import wilson
+from compress_uq.report.decisions import broken, decision_figures
 from compress_uq.runtime import OnnxPredictor
 from compress_uq.stages import Origin
 from compress_uq.types import OUTPUT_NAMES, Prediction
@@ -458,11 +461,66 @@ def test_without_a_decision_split_calibration_is_cross_fitted(uncertain, splits)
     bare = cuq.decide(cuq.calibrate(uncertain, calibration, method="none"), calibration, risk=0.2)
     assert bare.record["acceptance"]["exact"]
     assert bare.acceptance.options["images"] == 600
+    # Members that were chosen on the images leave the guarantee approximate.
+    for method in (cuq.uq.GaussianPerturbation(samples=2), cuq.uq.GaussianPerturbation(samples=2, scale=0.1)):
+        model = cuq.fit_uncertainty(
+            uncertain.members.network, cuq.Splits(train=splits.test, calibration=splits.calibration), method=method
+        )
+        recorded = cuq.decide(model, calibration, coverage=0.8).record["sets"]
+        assert recorded["exact"] is (method.scale == 0.1)
+        assert ("gaussian chose its members" in recorded["from"]) is (method.scale == "auto")
     # A score of features is fitted on training images, and crossed with the rest.
     by_features = cuq.choose_scores(uncertain, cuq.Splits(train=splits.test), score="knn")
     crossed = cuq.decide(by_features, calibration, risk=0.5)
     with torch.no_grad():
         assert crossed(images).accepted.float().mean().item() == pytest.approx(crossed.acceptance.options["coverage"])
+
+
+@pytest.mark.parametrize("label", [-1, 12])
+@pytest.mark.parametrize("calibration", ["none", "temperature"])
+def test_labels_that_are_no_classes_are_refused(label, calibration, uncertain, splits):
+    images, labels = (tensor.clone() for tensor in splits.calibration.tensors)
+    model = cuq.calibrate(uncertain, splits, method=calibration)
+    labels[3] = label
+    for wrong in (
+        cuq.Splits(calibration=TensorDataset(images, labels)),
+        cuq.Splits(decision=TensorDataset(images, labels)),
+    ):
+        with pytest.raises(DataError, match=f"label.*{label}"):
+            cuq.decide(model, wrong, coverage=0.9)
+
+
+@pytest.mark.parametrize("name", SET_RULES.names)
+def test_sets_are_not_fitted_on_what_are_no_probabilities(name):
+    p, labels = np.full((40, 4), 0.25), np.arange(40) % 4
+    with pytest.raises(DataError, match="sums to 1.3"):
+        SET_RULES[name].fit(p * 1.3, labels, coverage=0.8)
+    with pytest.raises(DataError, match="labels from -1"):
+        SET_RULES[name].fit(p, labels - 1, coverage=0.8)
+    with pytest.raises(DataError, match="expected .N, K."):
+        SET_RULES[name].fit(p[:, 0], labels, coverage=0.8)
+
+
+@pytest.mark.parametrize(("n", "images"), [(200, 8000), (2000, 10_000)])
+def test_a_kept_promise_of_coverage_is_doubted_in_one_run_of_forty(n, images):
+    random, doubts = np.random.default_rng(0), 0
+    rank = conformal_rank(n, 0.9)
+    for covered in random.beta(rank, n + 1 - rank, size=400):  # the coverage of one rule, known exactly
+        figures = {"set_coverage": wilson(random.binomial(images, covered) / images, images)}
+        doubts += bool(broken(figures, {"sets": {"images": n, "coverage": 0.9}}, images))
+    assert doubts <= 400 * 0.025 + 3 * np.sqrt(400 * 0.025)
+    assert broken({"set_coverage": wilson(0.8, images)}, {"sets": {"images": n, "coverage": 0.9}}, images)
+
+
+def test_images_that_choose_options_are_not_counted_on_before_the_work(splits):
+    few = cuq.Splits(decision=Subset(splits.decision, range(240)))
+    for options in (None, {"penalty": 0.1, "free": 2}):
+        asked = Guarantees(coverage=0.995, sets="raps", options=options)
+        if options is None:
+            with pytest.raises(DecisionError, match="192 images: the highest is 0.9948"):
+                check_decisions(asked, splits=few)
+        else:
+            check_decisions(asked, splits=few)
 
 
 def test_decisions_are_exported_and_gated(decided, splits, tmp_path):
@@ -541,11 +599,11 @@ def test_no_accepted_image_has_no_risk():
 
 
 def test_a_broken_promise_is_said():
-    promised = {"acceptance": {"risk": 0.05}, "sets": {"coverage": 0.9}}
+    promised = {"acceptance": {"risk": 0.05}, "sets": {"coverage": 0.9, "images": 500}}
     kept = {"selective_risk": wilson(0.06, 500), "set_coverage": wilson(0.88, 500)}
-    assert broken(kept, promised) == broken({}, promised) == broken(kept, {}) == []
+    assert broken(kept, promised, 500) == broken({}, promised, 500) == broken(kept, {}, 500) == []
     missed = {"selective_risk": wilson(0.1, 500), "set_coverage": wilson(0.8, 500)}
-    first, second = broken(missed, promised)
+    first, second = broken(missed, promised, 500)
     assert "0.1000 on test" in first
     assert "0.8000 of the labels" in second
 

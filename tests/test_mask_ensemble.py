@@ -19,7 +19,9 @@ from small_models import own, randomise, torchvision
 ORIGIN = Origin((3, 32, 32), Cost(1, 10**12, 1))
 
 
-@pytest.mark.parametrize(("masks", "channels", "scale"), [(4, 8, 2.0), (4, 64, 2.0), (8, 45, 3.0), (2, 512, 1.5)])
+@pytest.mark.parametrize(
+    ("masks", "channels", "scale"), [(4, 8, 2.0), (4, 64, 2.0), (8, 45, 3.0), (2, 512, 1.5), (2, 512, 6.0)]
+)
 def test_masks_have_the_papers_sizes_and_overlap(masks, channels, scale):
     sizes, overlaps = [], []
     for seed in range(20):
@@ -28,6 +30,7 @@ def test_masks_have_the_papers_sizes_and_overlap(masks, channels, scale):
         assert set(drawn.unique().tolist()) <= {0.0, 1.0}
         assert len(set(drawn.sum(1).tolist())) == 1
         assert drawn.any(0).all()
+        assert len(drawn.unique(dim=0)) == masks
         sizes.append(drawn[0].sum().item())
         pairs = itertools.combinations(drawn.bool(), 2)
         overlaps += [((a & b).sum() / (a | b).sum()).item() for a, b in pairs]

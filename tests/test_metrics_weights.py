@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from compress_uq import metrics as m
@@ -93,6 +94,30 @@ def test_intervals_are_percentiles_over_resampled_rows(monkeypatch):
         drawn.append(m.aurc(p[rows], y[rows]))
     figure = m.classification_figures(p, y)["aurc"]
     assert [figure.low, figure.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
+
+
+def test_the_interval_of_ece_is_reflected_and_that_of_accuracy_is_wilsons(monkeypatch):
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 40)
+    p, y = draw(200, seed=3)
+    random, drawn = RANDOM(0), []
+    for _ in range(40):
+        rows = random.integers(0, 200, 200)
+        drawn.append(m.ece(p[rows], y[rows]))
+    figures, value = m.classification_figures(p, y), m.ece(p, y)
+    low, high = 2 * value - np.percentile(drawn, [97.5, 2.5])
+    assert [figures["ece"].low, figures["ece"].high] == pytest.approx([max(0, low), max(value, high)])
+    interval = binomtest(int((p.argmax(1) == y).sum()), 200).proportion_ci(method="wilson")
+    assert [figures["accuracy"].low, figures["accuracy"].high] == pytest.approx(list(interval), abs=1e-4)
+
+
+def test_where_all_is_right_accuracy_is_still_uncertain_and_a_calibrated_ece_may_be_0():
+    right = m.classification_figures(np.eye(3)[np.zeros(50, int)], np.zeros(50, int))["accuracy"]
+    assert (right.value, right.high) == (1, 1)
+    assert right.low == pytest.approx(1 / (1 + 1.96**2 / 50))
+    random = RANDOM(1)
+    p = random.dirichlet(np.ones(5), 2000)
+    y = (p.cumsum(1) > random.random(2000)[:, None]).argmax(1)
+    assert m.classification_figures(p, y)["ece"].low < 0.005 < m.ece(p, y)
 
 
 def test_ood_intervals_resample_both_sets(monkeypatch):

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import compress_uq as cuq
+from compress_uq.calibration import Temperature
 from compress_uq.cost import Cost
-from compress_uq.data import balanced_sample
+from compress_uq.data import balanced_sample, divide
 from compress_uq.errors import DataError, InputError, UncertaintyError, UnknownNameError
 from compress_uq.fitted import fitted_record, restore_fitted
 from compress_uq.runtime import OnnxPredictor
@@ -284,12 +285,17 @@ def test_auto_takes_the_best_mean_auroc_on_the_validation_sets(uncertain, parts)
     record = chosen.record["ood_score_choice"]
     assert set(record["auroc"]) == set(SCORES.names)
     assert record["left_out"] == {}
-    assert record["in_distribution"] == "the calibration split"
+    assert record["in_distribution"] == "the calibration split, cross-fitted in two halves"
+    logits, labels = uncertain.member_logits(parts.calibration.tensors[0]).numpy(), parts.calibration.tensors[1].numpy()
+    halves = divide(labels, 2)
     assert chosen.ood_score.name == record["chosen"] == max(record["mean_auroc"], key=record["mean_auroc"].get)
     for name in ("entropy", record["chosen"]):
         named = cuq.choose_scores(uncertain, parts, ood_score=name)
         with torch.no_grad():
-            inside = named(parts.calibration.tensors[0]).ood_score
+            inside = torch.empty(len(parts.calibration))
+            for own, other in (halves, halves[::-1]):
+                crossed = named.but(calibrator=Temperature.fit(logits[:, other], labels[other]))
+                inside[own] = crossed(parts.calibration.tensors[0][own]).ood_score
             for set_name, dataset in parts.validation_ood.items():
                 wanted = cuq.metrics.ood_auroc(inside, named(dataset.tensors[0]).ood_score)
                 assert record["auroc"][name][set_name] == pytest.approx(wanted, abs=2e-3)
@@ -398,3 +404,14 @@ def test_convolutional_heads_have_a_linear_classifier_and_others_do_not(parts):
     assert np.allclose(found.features[0] @ found.weight[0].T + found.bias[0], found.logits, atol=1e-4)
     assert features(nn.Conv2d(8, CLASSES, 1, bias=False)).bias.tolist() == [[0.0] * CLASSES]
     assert features(nn.Conv2d(8, CLASSES, 3)).weight is None
+
+
+@pytest.mark.parametrize("behind", [nn.LogSoftmax(1), nn.ReLU()])
+def test_vim_refuses_logits_that_are_not_linear_in_the_features(behind, parts):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(SHAPE)), 16), nn.ReLU(), nn.Linear(16, CLASSES), behind)
+    origin = Origin(SHAPE).of_data(parts)
+    model = UncertainModel(MSP().fit(Trained((body,), origin)), MSP(), origin)
+    with pytest.raises(UncertaintyError, match="vim: the classifier is not linear"):
+        cuq.choose_scores(model, parts, ood_score="vim")
+    assert cuq.choose_scores(model, parts, ood_score="knn").ood_score.name == "knn"

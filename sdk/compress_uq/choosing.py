@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import on_device
-from compress_uq.data import ImageDataset, Splits, balanced_sample, labels_of, shared_images
-from compress_uq.errors import DataError, UncertaintyError
+from compress_uq.data import ImageDataset, Splits, balanced_sample, divide, labels_of, shared_images
+from compress_uq.errors import CalibrationError, DataError, UncertaintyError
 from compress_uq.fitted import Plain
 from compress_uq.metrics import ood_auroc
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.scores import SCORES, Score, TrainingFeatures
+from compress_uq.scores import SCORES, Answers, Score, TrainingFeatures
+from compress_uq.steps import members_of_images
 from compress_uq.training import resolve_device
 from compress_uq.uncertain import UncertainModel, answers_of
 
@@ -27,6 +29,8 @@ __all__ = ["AUTO", "check_members", "check_scores", "check_validation", "choose_
 AUTO = "auto"
 _TRAINING_IMAGES = 10_000
 """Scores of features are fitted on at most so many."""
+_UNLIKE = 0.2
+"""Difference of logits from those of a linear classifier, as a share of their spread, that is still like them."""
 
 
 def choose_scores(
@@ -148,7 +152,22 @@ def training_features(
             features, dataset, device=target, progress=progress, stage="features of training images"
         )
     weight, bias = _classifiers(model, entering.shape[2])
+    if weight is not None and bias is not None and not _linear(logits, entering, weight, bias):
+        weight, bias = None, None
     return TrainingFeatures(entering.transpose(1, 0, 2), labels, logits, weight, bias)
+
+
+def _linear(logits: np.ndarray, entering: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> bool:
+    """Whether logits (N, K) are what the classifiers make of their features (N, G, D), mean over networks, roughly.
+
+    A log-softmax or a ReLU after the classifier makes them something else. Roughly, since dropout behind the features
+    and the probit link change logits a little.
+    """
+    linear = np.einsum("ngd,gkd->nk", entering, weight) / len(weight) + bias.mean(0)
+    if linear.shape != logits.shape:
+        return False
+    spread = float(np.square(logits - logits.mean()).mean())
+    return float(np.square(logits - linear).mean()) <= _UNLIKE**2 * spread
 
 
 def _classifiers(model: UncertainModel, width: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -191,32 +210,74 @@ def _best(
     model: UncertainModel, candidates: Mapping[str, Score], splits: Splits, *, device: str, progress: ProgressCallback
 ) -> tuple[Score, dict[str, Any]]:
     """The candidate with the largest mean AUROC, the first among equals, and the table."""
-    inside, images = _in_distribution(splits)
     names = tuple(candidates)
     modules = nn.ModuleList(candidates.values())
     of_features = any(score.of_features for score in candidates.values())
+    low, images = _inside(model, modules, splits, of_features, device=device, progress=progress)
 
     def scores(batch: Tensor) -> tuple[Tensor, ...]:
         logits, features = model.members.with_features(batch) if of_features else (model.members(batch), None)
-        answers = answers_of(logits, features, model.calibrator)
-        return tuple(score(answers) for score in modules)
+        return _scored(modules, answers_of(logits, features, model.calibrator))
 
     target = resolve_device(device)
+    high = {}
     with on_device(model, target), on_device(modules, target):
-
-        def measured(dataset: ImageDataset, what: str) -> dict[str, np.ndarray]:
-            columns, _ = collect(scores, dataset, device=target, progress=progress, stage=f"choosing a score: {what}")
-            return dict(zip(names, columns, strict=True))
-
-        low = measured(inside, "in-distribution")
-        high = {name: measured(dataset, name) for name, dataset in splits.validation_ood.items()}
-    table = {n: {s: ood_auroc(low[n], columns[n]) for s, columns in high.items()} for n in names}
+        for name, dataset in splits.validation_ood.items():
+            stage = f"choosing a score: {name}"
+            high[name], _ = collect(scores, dataset, device=target, progress=progress, stage=stage)
+    table = {n: {s: ood_auroc(low[i], columns[i]) for s, columns in high.items()} for i, n in enumerate(names)}
     means = {name: float(np.mean(list(row.values()))) for name, row in table.items()}
     chosen = max(names, key=lambda name: means[name])
     record = {
         "chosen": chosen, "in_distribution": images, "validation_sets": list(high), "auroc": table, "mean_auroc": means,
     }  # fmt: skip
     return candidates[chosen], record
+
+
+def _inside(
+    model: UncertainModel,
+    modules: nn.ModuleList,
+    splits: Splits,
+    of_features: bool,
+    *,
+    device: str,
+    progress: ProgressCallback,
+) -> tuple[list[np.ndarray], str]:
+    """Each score (N,) of held-out images, and which they are.
+
+    Images that the calibrator was fitted on are cross-fitted: each class-balanced half gets its probabilities from a
+    calibrator that was fitted on the other.
+
+    Raises:
+        UncertaintyError: nothing fits a half.
+    """
+    dataset, source = _in_distribution(splits)
+    logits, features, labels = members_of_images(
+        model, dataset, features=of_features, device=device, progress=progress, stage="choosing a score"
+    )
+    parts = [(list(range(len(labels))), model.calibrator)]
+    if splits.decision is None and model.calibrator.name != "none":
+        halves, kind = divide(labels, 2), CALIBRATORS[model.calibrator.name]
+        source += ", cross-fitted in two halves"
+        try:
+            parts = [(own, kind.fit(logits[:, other], labels[other])) for own, other in (halves, halves[::-1])]
+        except CalibrationError as error:
+            raise UncertaintyError(
+                f"ood_score 'auto' needs images that the calibrator did not see, and {len(labels)} calibration images "
+                f"are too few to share ({error}); give a decision split, or name a score"
+            ) from error
+    found = [np.empty(len(labels), np.float32) for _ in modules]
+    with torch.inference_mode():
+        for own, calibrator in parts:
+            entering = None if features is None else torch.from_numpy(features[:, own])
+            answers = answers_of(torch.from_numpy(logits[:, own]), entering, calibrator)
+            for column, values in zip(found, _scored(modules, answers), strict=True):
+                column[own] = values.numpy()
+    return found, source
+
+
+def _scored(modules: nn.ModuleList, answers: Answers) -> tuple[Tensor, ...]:
+    return tuple(score(answers) for score in modules)
 
 
 def _in_distribution(splits: Splits) -> tuple[ImageDataset, str]:

@@ -12,7 +12,7 @@ import torch
 from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import Guarantees
 from compress_uq.cost import on_device
-from compress_uq.data import Splits, divide
+from compress_uq.data import Splits, check_labels, divide
 from compress_uq.decisions import (
     ACCEPTANCE_RULES,
     SET_RULES,
@@ -25,8 +25,9 @@ from compress_uq.decisions import (
 )
 from compress_uq.errors import CalibrationError, DecisionError
 from compress_uq.fitted import Plain
-from compress_uq.predict import collect, collect_predictions
+from compress_uq.predict import collect_predictions
 from compress_uq.progress import ProgressCallback, silent
+from compress_uq.steps import members_of_images
 from compress_uq.training import resolve_device
 from compress_uq.types import Prediction
 from compress_uq.uncertain import UncertainModel, summarise
@@ -55,8 +56,9 @@ def decide(
 
     The rules look at the `decision` split, each at a class-balanced half of it where both are asked for. Without one
     they share `calibration` in the same way: as it is where the model is not calibrated, else cross-fitted, which
-    makes the guarantee approximate; `set_aside` makes a decision split of a large enough calibration split before the
-    calibrator is fitted. Which it was stands in the model's `record`.
+    makes the guarantee approximate, as does a method that chose its members on these images; `set_aside` makes a
+    decision split of a large enough calibration split before the calibrator is fitted. Which it was stands in the
+    model's `record`.
 
     Args:
         model: calibrated and scored as it is to be used: a threshold holds for no other probabilities.
@@ -128,7 +130,7 @@ def check_decisions(guarantees: Guarantees, *, splits: Splits | None) -> None:
         UnknownNameError: no such set rule.
         DataError: there are no held-out images.
     """
-    SET_RULES[guarantees.sets]
+    rule = SET_RULES[guarantees.sets]
     risk, coverage, delta = guarantees.risk, guarantees.coverage, guarantees.delta
     if risk is not None:
         check_risk(risk, delta)
@@ -139,7 +141,7 @@ def check_decisions(guarantees: Guarantees, *, splits: Splits | None) -> None:
     dataset = splits.decision if splits.decision is not None else splits.require("calibration", "a decision rule")
     images = len(dataset) // len(guarantees.asked)  # type: ignore[arg-type]
     if coverage is not None:
-        conformal_rank(images, coverage)
+        conformal_rank(rule.threshold_images(images, guarantees.options), coverage)
     if risk is not None and smallest_risk(images, delta) > risk:
         raise DecisionError(
             f"risk {risk:g} cannot be certified with {images} images at delta {delta:g}: even without a wrong answer "
@@ -201,31 +203,27 @@ def _held_out(model: UncertainModel, splits: Splits, *, device: str, progress: P
     if dataset is None:
         dataset = splits.require("calibration", "a decision rule")
         if calibrated:
-            return _cross_fitted(bare, splits, device=target, progress=progress)
+            return _cross_fitted(bare, splits, device=device, progress=progress)
+    exact = splits.decision is not None or not model.method.looks_at_calibration
     source = "the decision split" if splits.decision is not None else "the calibration split, which no calibrator saw"
+    if not exact:
+        source += f", but on which {model.method.name} chose its members, so that the guarantee is approximate"
     with on_device(bare, target):
         prediction, labels = collect_predictions(bare, dataset, device=target, progress=progress, stage="deciding")
-    return _HeldOut(prediction, labels, divide(labels, 2), source, True)
+    check_labels(torch.from_numpy(labels), prediction.probabilities.shape[1])
+    return _HeldOut(prediction, labels, divide(labels, 2), source, exact)
 
 
-def _cross_fitted(
-    model: UncertainModel, splits: Splits, *, device: torch.device, progress: ProgressCallback
-) -> _HeldOut:
+def _cross_fitted(model: UncertainModel, splits: Splits, *, device: str, progress: ProgressCallback) -> _HeldOut:
     """Answers to the calibration split, each half calibrated by what the other says.
 
     Raises:
         DecisionError: nothing fits a half.
     """
-    of_features = model.score.of_features
-
-    def raw(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits, features = model.members.with_features(images) if of_features else (model.members(images), None)
-        return logits.transpose(0, 1), *(() if features is None else (features.transpose(0, 1),))
-
     dataset = splits.require("calibration", "a decision rule")
-    with on_device(model, device):
-        columns, labels = collect(raw, dataset, device=device, progress=progress, stage="deciding")
-    logits, *features = (column.swapaxes(0, 1) for column in columns)
+    logits, features, labels = members_of_images(
+        model, dataset, features=model.score.of_features, device=device, progress=progress, stage="deciding"
+    )
     halves = divide(labels, 2)
     pieces: list[Prediction] = []
     for fitted_on, applied_to in (halves[::-1], halves):
@@ -240,7 +238,7 @@ def _cross_fitted(
             pieces.append(
                 summarise(
                     torch.from_numpy(logits[:, applied_to]),
-                    *(torch.from_numpy(column[:, applied_to]) for column in features),
+                    None if features is None else torch.from_numpy(features[:, applied_to]),
                     calibrator=calibrator,
                     score=model.score,
                 )

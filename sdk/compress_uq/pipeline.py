@@ -127,7 +127,7 @@ def compress(
 
     run.warnings += suspicions(compressed.model, splits, evaluation)
     run.warnings += lost_classes(class_changes(dense_evaluation, evaluation))
-    run.warnings += broken(evaluation.decisions, compressed.model.record)
+    run.warnings += broken(evaluation.decisions, compressed.model.record, len(evaluation.labels))
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),

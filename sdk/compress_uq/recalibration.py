@@ -184,7 +184,7 @@ def _warnings(
         *suspicions(model, splits, after),
     ]
     new += [f"a decision rule of the old bundle is left out: {error}" for error in lost]
-    new += broken(after.decisions, model.record)
+    new += broken(after.decisions, model.record, len(after.labels))
     return list(dict.fromkeys(old + new))
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "finetune",
     "fit_uncertainty",
     "logits_of_members",
+    "members_of_images",
     "prepare_uncertainty",
     "training_config",
 ]
@@ -268,17 +269,35 @@ def logits_of_members(
     Raises:
         DataError: a label that the model has no class for.
     """
+    logits, _, labels = members_of_images(model, dataset, features=False, device=device, progress=progress, stage=stage)
+    return logits, labels
+
+
+def members_of_images(
+    model: UncertainModel,
+    dataset: ImageDataset,
+    *,
+    features: bool,
+    device: str = "cpu",
+    progress: ProgressCallback = silent,
+    stage: str = "members",
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """`logits_of_members`, and in between, if asked for, what enters the classifiers (G, N, D) float32.
+
+    Raises:
+        DataError: a label that the model has no class for.
+    """
+
+    def answers(images: Tensor) -> tuple[Tensor, ...]:
+        columns = model.members.with_features(images) if features else (model.member_logits(images),)
+        return tuple(column.transpose(0, 1) for column in columns)
+
     target = resolve_device(device)
     with on_device(model, target):
-        (logits,), labels = collect(
-            lambda images: model.member_logits(images).transpose(0, 1),
-            dataset,
-            device=target,
-            progress=progress,
-            stage=stage,
-        )
+        columns, labels = collect(answers, dataset, device=target, progress=progress, stage=stage)
+    logits, *entering = (column.swapaxes(0, 1) for column in columns)
     check_labels(torch.from_numpy(labels), logits.shape[2])
-    return logits.transpose(1, 0, 2), labels
+    return logits, entering[0] if features else None, labels
 
 
 def resolve_method(method: str | Method) -> Method:

@@ -17,7 +17,7 @@ from compress_uq.errors import CalibrationError
 
 __all__ = ["Dirichlet"]
 
-_PENALTIES = (1e5, 1e4, 1e3, 1e2, 1e1, 1e0)
+_PENALTIES = (1e5, 1e4, 1e3, 1e2, 1e1, 1e0, 1e-1, 1e-2, 1e-3)
 """Strengths of ODIR that are tried, strongest first."""
 
 _LARGEST = 500_000_000

@@ -16,7 +16,8 @@ from compress_uq.errors import CalibrationError
 
 __all__ = ["Temperature", "best_log_temperature"]
 
-_BOUND = math.log(50.0)
+_BOUND = math.log(1000.0)
+"""How far the search goes, up and down, from the temperature that gives logits a spread of 1."""
 
 
 class Temperature(Calibrator):
@@ -53,10 +54,11 @@ def best_log_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     members = logits.astype(np.float64)
     rows = np.arange(len(labels))
-    centred = members - members.max(2, keepdims=True)
+    spread = float(members.std(axis=2).mean()) or 1.0
+    centred = (members - members.max(2, keepdims=True)) / spread
 
-    def nll(log_temperature: float) -> float:
-        log_p = log_softmax(centred / math.exp(log_temperature), axis=2)[:, rows, labels]
+    def nll(relative: float) -> float:
+        log_p = log_softmax(centred / math.exp(relative), axis=2)[:, rows, labels]
         return float(-(logsumexp(log_p, axis=0) - math.log(len(members))).mean())
 
     found = minimize_scalar(nll, bounds=(-_BOUND, _BOUND), method="bounded", options={"xatol": 1e-6})
@@ -68,4 +70,4 @@ def best_log_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
             f"no temperature fits: {right} of {len(labels)} calibration images are classified right, and the "
             f"likelihood has no optimum; {remedy}, or take calibration 'none'"
         )
-    return float(found.x)
+    return float(found.x) + math.log(spread)

@@ -40,6 +40,11 @@ class SetRule(Rule):
     """Which classes to name, so that the truth is among them as often as was asked for."""
 
     @classmethod
+    def threshold_images(cls, images: int, options: Mapping[str, Plain] | None = None) -> int:
+        """How many of so many images choose the threshold, at most."""
+        return images
+
+    @classmethod
     @abstractmethod
     def fit(
         cls,

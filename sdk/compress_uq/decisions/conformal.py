@@ -13,6 +13,7 @@ from compress_uq.data import divide
 from compress_uq.decisions.base import SetRule, images_and_values
 from compress_uq.errors import DecisionError, UnknownNameError
 from compress_uq.fitted import Plain
+from compress_uq.metrics.arrays import checked
 
 __all__ = ["LAC", "RAPS", "check_coverage", "conformal_rank"]
 
@@ -45,11 +46,12 @@ class LAC(SetRule):
 
         Raises:
             DecisionError: a coverage that N images cannot give (says the highest), or NaN.
+            DataError: rows that are no probabilities, or labels that are no classes of them.
             UnknownNameError: it has no options.
         """
         for name in options or {}:
             raise UnknownNameError("option of lac", name, ())
-        count = images_and_values(probabilities, labels, "probabilities")
+        count = _checked(probabilities, labels)
         of_truth = probabilities[np.arange(count), labels].astype(np.float32)
         of_truth[of_truth >= probabilities.max(1)] = 1.0
         threshold = torch.tensor(np.sort(of_truth)[::-1][conformal_rank(count, coverage) - 1])
@@ -75,6 +77,11 @@ class RAPS(SetRule):
     name = "raps"
 
     @classmethod
+    def threshold_images(cls, images: int, options: Mapping[str, Plain] | None = None) -> int:
+        """Four of five, unless both options are given."""
+        return images if _given(options) else images - images // _TUNING_SHARE
+
+    @classmethod
     def fit(
         cls,
         probabilities: np.ndarray,
@@ -90,16 +97,17 @@ class RAPS(SetRule):
 
         Raises:
             DecisionError: a coverage that the images cannot give (says the highest), or NaN.
+            DataError: rows that are no probabilities, or labels that are no classes of them.
             UnknownNameError: another option.
         """
         chosen = dict(options or {})
         for name in chosen:
             if name not in ("penalty", "free"):
                 raise UnknownNameError("option of raps", name, ("penalty", "free"))
-        count = images_and_values(probabilities, labels, "probabilities")
+        count = _checked(probabilities, labels)
         check_coverage(coverage)
         rest = np.arange(count)
-        if len(chosen) < 2:
+        if not _given(options):
             if count < 2 * _TUNING_SHARE:
                 raise DecisionError(f"raps chooses its options on images, and {count} are too few: give penalty, free")
             tuning, *others = divide(labels, _TUNING_SHARE)
@@ -118,6 +126,11 @@ class RAPS(SetRule):
         ordered, scores = _ranked(probabilities, self.options)
         size = (scores <= self.threshold).sum(1, keepdim=True).clamp_min(1)
         return probabilities >= ordered.gather(1, size - 1)
+
+
+def _given(options: Mapping[str, Plain] | None) -> bool:
+    """Whether nothing is left to choose for RAPS."""
+    return {"penalty", "free"} <= set(options or {})
 
 
 def conformal_rank(images: int, coverage: float) -> int:
@@ -145,6 +158,12 @@ def check_coverage(coverage: float) -> None:
     if not 0 < coverage < 1:
         hint = "; only the set of all classes always holds the truth" if coverage == 1 else ""
         raise DecisionError(f"coverage {coverage:g}: expected a share above 0 and below 1{hint}")
+
+
+def _checked(probabilities: np.ndarray, labels: np.ndarray) -> int:
+    """N, of probabilities (N, K) and labels (N,)."""
+    images_and_values(probabilities, labels, "probabilities")
+    return len(checked(probabilities, labels).labels)
 
 
 def _ranked(probabilities: Tensor, options: Mapping[str, Plain]) -> tuple[Tensor, Tensor]:

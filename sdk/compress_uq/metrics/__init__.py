@@ -7,6 +7,7 @@ from compress_uq.metrics.bootstrap import (
     classification_metrics,
     mean_figure,
     ood_figures,
+    wilson,
 )
 from compress_uq.metrics.calibration import ReliabilityBins, classwise_ece, ece, reliability
 from compress_uq.metrics.classification import accuracy, brier, f1_at, f1_macro, f1_per_class, nll, per_class_accuracy
@@ -66,6 +67,7 @@ __all__ = [
     "sparsification_curves",
     "spearman",
     "vote_entropy",
+    "wilson",
 ]
 
 METRICS: Registry[str] = Registry(

@@ -107,7 +107,7 @@ def check_rows(block: NDArray[Any], first: int = 0, name: str = "probabilities")
         row = int(off.argmax())
         raise DataError(
             f"{name}: row {first + row} sums to {sums[row]:.6g}, expected 1 within {SUM_TOLERANCE} (logits need a "
-            "softmax first)"
+            "softmax first, bfloat16 is too coarse for one)"
         )
     if block.min() < 0:
         row = int((block < 0).any(1).argmax())

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.stats import betabinom
 
-from compress_uq.metrics import Figure, mean_set_size, set_coverage
+from compress_uq.decisions import conformal_rank
+from compress_uq.metrics import Figure, mean_set_size, set_coverage, wilson
 from compress_uq.types import Prediction
 
-__all__ = ["DECISIONS", "broken", "decision_figures", "guarantees", "wilson"]
+__all__ = ["DECISIONS", "broken", "decision_figures", "guarantees"]
 
 DECISIONS: Mapping[str, str] = {
     "acceptance_coverage": "share of images accepted",
@@ -65,8 +67,13 @@ def guarantees(answers: Mapping[str, Any]) -> dict[str, str]:
     return said
 
 
-def broken(figures: Mapping[str, Figure], answers: Mapping[str, Any]) -> list[str]:
-    """Promises that a measurement contradicts, its whole interval lying beyond them, in words."""
+def broken(figures: Mapping[str, Figure], answers: Mapping[str, Any], images: int) -> list[str]:
+    """Promises that a measurement on so many images contradicts at 2.5 %, in words.
+
+    A risk is broken where its whole interval lies beyond it. Coverage is promised on average over the images that a
+    rule is fitted on; given n of them it is Beta(k, n + 1 - k), k the rank of the threshold (Vovk 2012), so that the
+    labels in the sets of `images` others are beta-binomial.
+    """
     found = []
     risk, coverage = figures.get("selective_risk"), figures.get("set_coverage")
     if risk is not None and "acceptance" in answers and risk.low > answers["acceptance"]["risk"]:
@@ -74,7 +81,7 @@ def broken(figures: Mapping[str, Figure], answers: Mapping[str, Any]) -> list[st
             f"the risk of accepted answers is {risk.value:.4f} on test and was to be at most "
             f"{answers['acceptance']['risk']:g}: test images are unlike those that the rule was fitted on"
         )
-    if coverage is not None and "sets" in answers and coverage.high < answers["sets"]["coverage"]:
+    if coverage is not None and "sets" in answers and _too_few(coverage.value, images, answers["sets"]):
         found.append(
             f"prediction sets hold {coverage.value:.4f} of the labels on test and were to hold "
             f"{answers['sets']['coverage']:g}: test images are unlike those that the rule was fitted on"
@@ -82,13 +89,10 @@ def broken(figures: Mapping[str, Figure], answers: Mapping[str, Any]) -> list[st
     return found
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> Figure:
-    """A share of so many images with its Wilson interval; NaN of none."""
-    if count == 0:
-        return Figure(float("nan"), float("nan"), float("nan"))
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count * count)))
-    return Figure(share, min(share, centre - half), max(share, centre + half))
+def _too_few(share: float, images: int, rule: Mapping[str, Any]) -> bool:
+    """Whether so few hits have a probability below 2.5 % for a rule that keeps its promise."""
+    rank = conformal_rank(rule["images"], rule["coverage"])
+    return bool(betabinom.cdf(round(share * images), images, rank, rule["images"] + 1 - rank) < 0.025)
 
 
 def _from(rule: Mapping[str, Any]) -> str:

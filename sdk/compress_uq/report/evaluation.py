@@ -16,10 +16,10 @@ from torch import Tensor
 from compress_uq.cost import interleaved_milliseconds, measure_cost, on_device
 from compress_uq.data import ImageDataset, Splits, as_pixels, check_labels, fit_images
 from compress_uq.errors import ArtifactError
-from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy
+from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy, wilson
 from compress_uq.predict import collect_predictions
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.report.decisions import decision_figures, wilson
+from compress_uq.report.decisions import decision_figures
 from compress_uq.runtime import OnnxPredictor, session
 from compress_uq.stages import ModelsOrResults, unpack_all
 from compress_uq.training import resolve_device

@@ -78,6 +78,11 @@ class Method(ABC):
         return 1
 
     @property
+    def looks_at_calibration(self) -> bool:
+        """Whether `fit` chooses something on the calibration images, where there are any."""
+        return False
+
+    @property
     def perturbation(self) -> float:
         """Of the scores that rank channels, where several networks are made of one dense model; see `prune`."""
         return 0.0

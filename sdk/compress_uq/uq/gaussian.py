@@ -55,6 +55,11 @@ class GaussianPerturbation(DrawnWeights):
         if not valid:
             raise InputError(f"scale={self.scale!r}: expected auto, or a number of 0 or more")
 
+    @property
+    def looks_at_calibration(self) -> bool:
+        """`auto` chooses the scale on them."""
+        return self.scale == "auto" and self.samples > 1
+
     def distribution(self, network: nn.Module, trained: Trained) -> tuple[WeightDistribution, dict[str, object]]:
         """A Gaussian around the network's weights."""
         if not isinstance(self.scale, str):

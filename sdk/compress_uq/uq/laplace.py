@@ -92,6 +92,11 @@ class Laplace(Method):
         if not valid:
             raise InputError(f"prior_precision={given!r}: expected evidence, held-out, or a number above 0")
 
+    @property
+    def looks_at_calibration(self) -> bool:
+        """`held-out` chooses the prior on them."""
+        return self.prior_precision == "held-out"
+
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
         """A plain copy."""
         return copy.deepcopy(model)

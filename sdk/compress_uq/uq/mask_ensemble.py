@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,7 +139,7 @@ class MaskEnsemble(Method):
 
 
 def overlapping_masks(masks: int, channels: int, scale: float, generator: torch.Generator) -> Tensor:
-    """(masks, channels) of 0 and 1: the same number of ones in each, every channel in at least one.
+    """(masks, channels) of 0 and 1, no two alike: the same number of ones in each, every channel in at least one.
 
     As in Durasov et al. 2021, section 3.2: with m ones, each mask takes m of about m * scale positions at random, and
     positions that no mask takes are left out. m follows from the number of positions that are left on average,
@@ -148,7 +149,9 @@ def overlapping_masks(masks: int, channels: int, scale: float, generator: torch.
         UncertaintyError: no such masks were found.
     """
     ones = max(1, round(channels * _kept_share(masks, scale)))
-    positions = [channels] if ones * masks < channels else range(max(ones, channels), ones * masks + channels)
+    positions = (
+        [channels] if ones * masks < channels else range(max(ones, channels), math.ceil(ones * scale) + channels)
+    )
     nearest = sorted(positions, key=lambda count: abs(count - ones * scale))
     for count in nearest[:50]:
         if not channels <= count:
@@ -156,7 +159,7 @@ def overlapping_masks(masks: int, channels: int, scale: float, generator: torch.
         for _ in range(_DRAWS):
             taken = torch.stack([torch.randperm(count, generator=generator) < ones for _ in range(masks)])
             used = taken.any(0)
-            if int(used.sum()) == channels:
+            if int(used.sum()) == channels and len(torch.unique(taken, dim=0)) == masks:
                 return taken[:, used].float()
     raise UncertaintyError(
         f"no {masks} masks of {ones} of {channels} channels with scale {scale} were found: take another scale"

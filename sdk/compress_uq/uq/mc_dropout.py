@@ -86,6 +86,11 @@ class MCDropout(Method):
         if not self.sampling_budget > 0:
             raise InputError(f"sampling_budget={self.sampling_budget}: expected a share of a dense pass above 0")
 
+    @property
+    def looks_at_calibration(self) -> bool:
+        """Masks are chosen on them, without their labels."""
+        return self.samples > 1 and self.candidates > 1
+
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
         """A copy with dropout in it, random while it trains.
 

@@ -100,8 +100,8 @@ class SWAG(DrawnWeights):
 
     At least `snapshots` are taken in the last `share` of the steps. The covariance is `scale` times the sum of the
     diagonal and of the low-rank part from the last `rank` snapshots, or from all where a short training gives fewer;
-    rank 0 leaves the diagonal alone, whose scale in the paper is 1. One sample is the mean, stochastic weight averaging
-    (Izmailov et al. 2018).
+    rank 0 leaves the diagonal alone, whose scale in the paper is 1. One sample is the mean of the
+    weights, as in stochastic weight averaging (Izmailov et al. 2018); scales and shifts of batch norm are the last.
     """
 
     rank: int = 20
