@@ -101,6 +101,14 @@ def test_json_goes_to_stdout_and_tables_to_stderr(command, checkpoint, tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model-compressed"]
 
 
+def test_options_that_change_nothing_are_named(command, checkpoint):
+    given = ("--sparsity", 0.5, "--uq", "msp", "--risk-delta", 0.1, "--sets", "raps", "--validation-ood", "synthetic")
+    code, _, err = command("prune", checkpoint, *given, "--dry-run")
+    assert code == 0
+    for option, other in (("risk-delta", "risk"), ("sets", "coverage"), ("validation-ood", "ood-score auto")):
+        assert f"note: --{option} has no use without --{other}" in err
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(command, checkpoint, tmp_path):
     code, out, err = command("prune", checkpoint, "--sparsity", 0.5, "--dry-run")
     assert (code, out) == (0, "")

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 import compress_uq as cuq
 from compress_uq import pipeline
 from compress_uq.config import AnswerConfig
-from compress_uq.errors import CalibrationError, DataError, GateError, UncertaintyError
+from compress_uq.errors import CalibrationError, DataError, GateError, ModelError, UncertaintyError
 from compress_uq.finishing import finish_model
 from compress_uq.report import suspicions
 from compress_uq.stages import Origin
@@ -132,6 +132,8 @@ def test_logits_that_are_not_finite(splits):
         cuq.compress(
             Overflowing(), replace(splits, test=TensorDataset(blank, splits.test.tensors[1])), sparsity=0.5, uq="msp"
         )
+    with pytest.raises(ModelError, match="'dark': the OOD score of 1 of .* images is NaN or infinite"):
+        cuq.evaluate(Overflowing(), replace(splits, ood={"dark": TensorDataset(blank, splits.test.tensors[1])}))
     given = replace(splits, calibration=TensorDataset(blank, splits.calibration.tensors[1]))
     done = finish_model(
         as_given((Overflowing().eval(),), Origin(SHAPE)), given, AnswerConfig(ood_score="variance"), name="compressed"

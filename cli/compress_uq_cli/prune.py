@@ -108,6 +108,16 @@ class _Answers:
     ] = None
     sets: Annotated[str, typer.Option(help="How the sets are made: lac or raps.")] = "lac"
 
+    def without_use(self, validation_ood: Sequence[str] | None) -> list[str]:
+        """What was given that changes nothing, for want of another option."""
+        usual = type(self)()
+        idle = {
+            "--risk-delta has no use without --risk": self.risk is None and self.risk_delta != usual.risk_delta,
+            "--sets has no use without --coverage": self.coverage is None and self.sets != usual.sets,
+            "--validation-ood has no use without --ood-score auto": bool(validation_ood) and self.ood_score != "auto",
+        }
+        return [said for said, holds in idle.items() if holds]
+
 
 @grouped
 def prune(
@@ -142,6 +152,8 @@ def prune(
     method = uncertainty.method(trained.seed)
     training = trained.config()
     opened = inputs.open(model, unsafe=unsafe_load, ood=ood or (), validation_ood=validation_ood or ())
+    for said in answers.without_use(validation_ood):
+        note(f"note: {said}")
     models = list(opened.checkpoint.models)
     what: dict[str, Any] = {
         **removal.configured(opened.checkpoint),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress_uq.cost import interleaved_milliseconds, measure_cost, on_device
 from compress_uq.data import ImageDataset, Splits, as_pixels, check_labels, fit_images
-from compress_uq.errors import ArtifactError
+from compress_uq.errors import ArtifactError, ModelError
 from compress_uq.metrics import Figure, classification_figures, mean_figure, ood_figures, per_class_accuracy, wilson
 from compress_uq.predict import collect_predictions
 from compress_uq.progress import ProgressCallback, silent
@@ -94,7 +94,7 @@ def evaluate(
 
     Raises:
         DataError: no test split, labels out of range, or NaN among the images.
-        ModelError: the model does not run on these images.
+        ModelError: the model does not run on these images, or its answers to some are not finite.
     """
     test = splits.require("test", "evaluate")
     if isinstance(model, str | os.PathLike):
@@ -122,7 +122,7 @@ def evaluate(
             )
 
         prediction, truth = answers(test, "test")
-        scores = {name: answers(dataset, name)[0].ood_score for name, dataset in splits.ood.items()}
+        scores = {name: _finite(answers(dataset, name)[0].ood_score, name) for name, dataset in splits.ood.items()}
     classes = prediction.probabilities.shape[1]
     check_labels(torch.from_numpy(truth), classes)
     metrics = classification_figures(prediction.probabilities, truth, prediction.uncertainty)
@@ -148,6 +148,16 @@ def onnx_milliseconds(files: Mapping[str, bytes | Path], shape: tuple[int, ...])
         for name, milliseconds in interleaved_milliseconds(runs).items():
             result[name][f"onnxruntime_{batch}"] = milliseconds
     return result
+
+
+def _finite(scores: np.ndarray, name: str) -> np.ndarray:
+    lost = int((~np.isfinite(scores)).sum())
+    if lost:
+        raise ModelError(
+            f"out-of-distribution set {name!r}: the OOD score of {lost} of {len(scores)} images is NaN or infinite, as "
+            "where logits overflow: scale these images as those of the model's training, or leave the set out"
+        )
+    return scores
 
 
 def _run(made: Any, images: np.ndarray) -> Callable[[], object]:
