@@ -52,7 +52,6 @@ def nan_images(): return splits(lambda x, y: x[0].fill_(float("nan")))
 def wrong_label(): return splits(lambda x, y: y[5:6].fill_(9))
 def other_channels(): return splits(shape=(3, 8, 8))
 def no_train(): return cuq.Splits(calibration=make(20, 1), test=make(30, 2))
-def no_calibration(): return cuq.Splits(train=make(40, 0), test=make(30, 2))
 def no_test(): return cuq.Splits(train=make(40, 0), calibration=make(20, 1))
 def empty(): return cuq.Splits(train=torch.utils.data.Subset(make(4, 0), []))
 def shared():
@@ -324,8 +323,6 @@ DRY = ["prune", "m.pt", "--sparsity", "0.5", "--dry-run", "--arch", "user_code:n
         ([*PRUNE[:4], "--data", "user_code:gone", "--sparsity", "0.5"], "user_code:gone"),
         ([*DRY[:-4], "--data", "user_code:splits", "--arch", "user_code:rectified", "--uq", "laplace"], "followed by something"),
         ([*DRY[:-1], "user_code:no_train", "--uq", "laplace", "--epochs", "0"], "laplace needs the split 'train'"),
-        ([*DRY[:-1], "user_code:no_calibration", "--calibration", "none", "--uq", "laplace",
-          "--uq-option", "prior-precision=held-out"], "needs the split 'calibration'"),
         ([*DRY, "--uq", "tradi", "--uq-option", "start=zero", "--uq-option", "observation-noise=10"], "their start at 0"),
         ([*DRY, "--uq", "mask-ensemble", "--sampling-budget", "3", "--epochs", "0"], "no epoch is left"),
         (["prune", "narrow.pt", "--arch", "user_code:narrow", "--data", "user_code:splits", "--sparsity", "0.5"],
