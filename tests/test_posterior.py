@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 import compress_uq as cuq
 from compress_uq.batch_norm import batch_norms, estimate_statistics
 from compress_uq.config import configured
+from compress_uq.cost import Cost
 from compress_uq.errors import InputError, UncertaintyError, UnknownNameError
 from compress_uq.export import check_graph
 from compress_uq.inputs import configure_method
@@ -458,7 +459,9 @@ def test_from_a_dense_model_to_a_bundle_and_back(method, dense, splits, tmp_path
         dense.model, small, sparsity=0.5, uq=method, epochs=2, batch_size=64, arch=dense.architecture,
         calibration="none",
     )  # fmt: skip
-    assert bundle.recipe["uncertainty"]["method"] == method.name
+    planned, measured = bundle.recipe["uncertainty"], bundle.card.compressed.cost
+    assert planned["method"] == method.name
+    assert (planned["macs"], planned["stored_bytes"]) == (measured.macs, measured.size_bytes)
     bundle.save(tmp_path / "b")
     loaded = cuq.Bundle.load(tmp_path / "b")
     images = torch.randn(5, *SHAPE)
@@ -471,17 +474,45 @@ def test_from_a_dense_model_to_a_bundle_and_back(method, dense, splits, tmp_path
     assert np.allclose(probabilities.sum(1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", CONFIGURED, ids=ids(CONFIGURED))
-def test_the_cost_line_counts_what_a_prediction_costs(method, dense):
-    origin = Origin(SHAPE)
-    described = method.describe(dense.model, origin)
-    assert described["method"] == method.name
-    assert described["samples"] == (1 if method.name == "laplace" else 3)
-    one = cuq.prune(dense.model, torch.randn(1, *SHAPE), sparsity=0.5).before
-    extra = 0 if method.name != "laplace" else described["macs"] - one.macs
-    assert described["macs"] == described["samples"] * one.macs + extra
-    assert described["share_of_dense_pass"] == pytest.approx(described["macs"] / one.macs)
-    assert described["stored_bytes"] == described["samples"] * one.size_bytes + 4 * extra
+# A convolution of 16 * 9 * 36 multiply-accumulates and a classifier of 576 * 10, with 160 and 5,770 weights.
+CONV, FC, BYTES = 5184, 5760, 4 * 5930
+COSTS = {
+    "msp": (METHODS["msp"](), 1, CONV + FC, BYTES, 1),
+    "mc-dropout": (METHODS["mc-dropout"](samples=3, sampling_budget=9.0), 3, CONV + 3 * FC, BYTES + 3 * 16 * 4, 1),
+    "mask-ensemble": (METHODS["mask-ensemble"](samples=3, sampling_budget=9.0), 3, CONV + 3 * FC, BYTES + 192, 1),
+    "ensemble": (METHODS["ensemble"](3), 3, 3 * (CONV + FC), 3 * BYTES, 3),
+    **{m.name: (m, 3, 3 * (CONV + FC), 3 * BYTES, 1) for m in DRAWN},
+    "laplace": (Laplace(), 1, CONV + FC + 577 * (577 + 10), BYTES + 4 * 577 * (577 + 10), 1),
+}
+
+
+@pytest.mark.parametrize("name", METHODS.names)
+def test_every_method_has_a_cost_line(name):
+    method, samples, macs, stored, trainings = COSTS[name]
+    model = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+    described = method.describe(model, Origin(SHAPE, Cost(1, 10_000, 1)))
+    line = {"method": name, "samples": samples, "macs": macs, "stored_bytes": stored, "trainings": trainings}
+    assert line.items() <= described.items()
+    assert described["share_of_dense_pass"] == macs / 10_000
+
+
+def test_training_says_what_a_checkpoint_lacks(command):
+    line = "train --arch compress-uq:cnn --arch-option widths=4 --data digits --epochs 1 --out"
+    code, _, err = command(*line.split(), "swag.pt", "--uq", "swag")
+    assert code == 0
+    assert "note: the checkpoint holds the network alone: swag watches" in err
+    noted = {name: METHODS[name]().training_note for name in METHODS.names}
+    assert all("begins anew in fine-tuning" in noted.pop(name) for name in ("tradi", "swag"))
+    assert all(f"all that {name} does" in noted.pop(name) for name in ("gaussian", "laplace"))
+    assert not any(noted.values())
+
+
+def test_what_was_watched_in_a_dense_training_serves_the_model_as_it_is(tmp_path):
+    results, splits = cuq.train_dense(
+        tmp_path / "m.pt", arch="compress-uq:cnn", data="digits", options={"widths": [4]}, uq=TRADI(samples=2),
+        training=cuq.TrainingConfig(epochs=1),
+    )  # fmt: skip
+    assert cuq.fit_uncertainty(results[0], splits).members.count == 2
 
 
 @pytest.mark.parametrize("method", DRAWN, ids=ids(DRAWN))

@@ -13,10 +13,10 @@ from compress_uq.cost import Cost, count_macs, measure_cost
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
 from compress_uq.uncertain import UncertainModel, summarise
-from compress_uq.uq import MSP, DropoutNetwork, MCDropout, SampledDropout, Trained, find_sites
+from compress_uq.uq import METHODS, MSP, DropoutNetwork, MCDropout, SampledDropout, Trained, find_sites
 from compress_uq.uq.dropout import find_fold
 from compress_uq.uq.masks import hashed_masks, random_masks, stratified_masks
-from compress_uq.uq.sites import functional_dropout
+from compress_uq.uq.sites import functional_dropout, named_sites
 from small_models import PRUNABLE, InnerDropout, Leaves, own, randomise, torchvision
 
 GENEROUS = Cost(1, 10**12, 1)
@@ -57,6 +57,16 @@ def test_sites_of_torchvision_families_without_dropout(name, first, last, channe
     assert not any(site.own for site in sites)
     width = sites[-1].shape[-1 if channels_last else 0]
     assert width == max(sites[-1].shape) > 1
+
+
+def test_dropout_layers_without_a_rate_are_left_alone():
+    last = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Dropout(0.0))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Dropout(0.0), last, nn.Flatten(), nn.Linear(784 * 16, 4))
+    for p in (None, 0.3):
+        sites = find_sites(model, torch.randn(1, 3, 32, 32), p)
+        assert [(site.module, site.p, site.own) for site in sites] == [("1", p or 0.1, False), ("3.1", p or 0.1, False)]
+    with pytest.raises(UncertaintyError, match="2 is a dropout layer with p = 0: give a rate"):
+        named_sites(model, ["2"], torch.randn(1, 3, 32, 32), None)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +270,13 @@ def test_the_figures_of_a_prediction_by_hand():
     assert one.entropy.tolist() == pytest.approx([0, np.log(2)], abs=1e-6)
     opposed = summarise(torch.tensor([[[200.0, 0.0]], [[0.0, 200.0]]]))
     assert opposed.mutual_information.item() == pytest.approx(np.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("samples", [2.5, 3.0, True, "3", 0])
+@pytest.mark.parametrize("name", [n for n in METHODS.names if "samples" in METHODS[n].__dataclass_fields__])
+def test_members_are_whole_numbers(name, samples):
+    with pytest.raises(InputError, match=rf"samples={samples}: expected a whole number of at least"):
+        METHODS[name](samples=samples)
 
 
 @pytest.mark.parametrize("options", [{"p": 0}, {"p": 1.0}, {"samples": 0}, {"sampling_budget": 0}])

@@ -94,6 +94,29 @@ def test_dropout_that_is_refused(splits):
         cuq.uq.MCDropout(p=0.0)
 
 
+@pytest.mark.parametrize(
+    ("model", "uq", "options", "message"),
+    [
+        (nn.Sequential(Small(), nn.ReLU()), "laplace", {}, "0.fc is followed by something else"),
+        (nn.Sequential(Small(), nn.LogSoftmax(1)), "laplace", {}, "0.fc is followed by something else"),
+        (Small(), "laplace", {"without": "train", "epochs": 0}, "laplace needs the split 'train'"),
+        (Small(), cuq.uq.Laplace("held-out"), {"without": "calibration", "calibration": "none"}, "'held-out' needs the"),
+        (Small(), cuq.uq.TRADI(start="zero", observation_noise=10.0), {}, "hold 100% of their start at 0"),
+        (Small(), cuq.uq.SWAG(), {"epochs": 1}, "swag has 1 step to take a snapshot of"),
+        (Small(), "swag", {"epochs": 0}, "no epoch is left"),
+        (Small(), "mask-ensemble", {"epochs": 0}, "no epoch is left"),
+        (Small(), "msp", {"without": "train"}, "fine-tuning needs the split 'train'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [{"sparsity": 0.5}, {"budget": ["accuracy_drop<=0.5"]}])
+def test_what_a_method_cannot_be_fitted_to_is_refused_before_a_training_step(splits, model, uq, options, message, size):
+    given = {"epochs": 2, **options}
+    splits, steps = replace(splits, **{given.pop("without"): None} if "without" in given else {}), []
+    with pytest.raises(cuq.InputError, match=message):
+        cuq.compress(model, splits, uq=uq, progress=steps.append, **size, **given)
+    assert not steps
+
+
 def test_what_the_plan_says_in_words(splits):
     same = splits.test.tensors[0].clone()
     same[:2] = splits.calibration.tensors[0][:2]

@@ -237,8 +237,10 @@ def _show_plan(plan: cuq.CompressionPlan, splits: cuq.Splits) -> None:
     sites = described.get("sites")
     if isinstance(sites, Sequence):
         rows.append(["dropout after", ", ".join(str(site) for site in sites)])
-    if "share_of_dense_pass" in described:
-        rows.append(["cost of a prediction", f"{described['share_of_dense_pass']:.2f} of one dense pass in MACs"])
+    macs, share = described["macs"], described["share_of_dense_pass"]
+    rows.append(["cost of a prediction", f"{macs:,} MACs, {share:.2f} of one dense pass"])
+    rows.append(["memory", f"{described['stored_bytes']:,} bytes of parameters and buffers"])
+    rows.append(["networks trained", str(described["trainings"])])
     if plan.pruning_share is not None:
         share = plan.pruning_share
         rows.append(["pruning while training", f"the first {share:.0%} of the epochs; sizes above are those to come"])

@@ -70,6 +70,8 @@ def train(
     shown = "" if accuracy is None else f", test accuracy {accuracy:.4f}"
     several = f", {len(results)} models" if len(results) > 1 else ""
     note(f"{out}: {arch} on {data}{several}{shown}")
+    if method.training_note:
+        note(f"note: {method.training_note}")
     if json:
         history = [vars(epoch) for result in results for epoch in result.history]
         print_json({"out": str(out), "accuracy": accuracy, "history": history})

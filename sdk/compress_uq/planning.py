@@ -21,7 +21,7 @@ from compress_uq.models import as_logits, refuse_non_finite
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions, pruning_share, resolve_criterion
 from compress_uq.search import Budget, SearchResult, search_sparsity
-from compress_uq.shrinking import prune_networks, pruning_epochs
+from compress_uq.shrinking import check_method, prune_networks
 from compress_uq.stages import ModelsOrResults, unpack_all
 from compress_uq.steps import TrainingOptions, resolve_method, training_config
 from compress_uq.structure import differing_tensor
@@ -81,7 +81,7 @@ def plan_compression(
     """
     pruning, tuning, answers = _sort(options)
     config, augment = training_config(training, tuning)
-    models, _ = unpack_all(model)
+    models, origin = unpack_all(model)
     method = resolve_method(uq).of_models(len(models))
     splits.require("test", "the report card")
     check_answers(answers, splits)
@@ -89,6 +89,10 @@ def plan_compression(
     for number, dense in enumerate(models, 1):
         refuse_non_finite(dense, "the model" if len(models) == 1 else f"model {number}")
         _refuse_unlike(models[0], dense, number)
+    share = pruning_share(pruning)
+    if share is not None and config.epochs == 0:
+        raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
+    check_method(method, models[0], origin, splits, pruning=pruning, training=config)
     search = None
     if budget:
         # What chooses the size and what certifies the result do not look at the same images.
@@ -97,13 +101,6 @@ def plan_compression(
             calibration=answers.calibration, training=config, augment=augment, progress=progress,
         )  # fmt: skip
         pruning = {**pruning, "sparsity": search.sparsity}
-    share = pruning_share(pruning)
-    if share is not None and config.epochs == 0:
-        raise InputError("epochs=0: criterion or schedule train while they prune; give them epochs, or take others")
-    if method.watches and config.epochs == pruning_epochs(share, config.epochs):
-        raise InputError(
-            f"epochs={config.epochs}: {method.name} is made of what it sees in fine-tuning, and no epoch is left for it"
-        )
     # Where pruning trains, another criterion and a single step give the same sizes at once.
     outline: PruningOptions = pruning if share is None else {**pruning, **_outline(pruning)}
     networks = prune_networks(models, splits, pruning=outline, method=method, training=config, progress=progress)

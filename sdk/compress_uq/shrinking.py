@@ -16,11 +16,13 @@ from compress_uq.progress import ProgressCallback, silent, within
 from compress_uq.pruning import PruneResult, PruningOptions, prune, pruning_share
 from compress_uq.stages import AsGiven, Origin
 from compress_uq.steps import FinetuneResult, finetune
+from compress_uq.training import steps_of_epoch
 from compress_uq.uq import Method
 
 __all__ = [
     "Part",
     "Shrunk",
+    "check_method",
     "finetune_dense",
     "parts_of",
     "prune_and_finetune",
@@ -70,6 +72,27 @@ class Part:
 def pruning_epochs(share: float | None, epochs: int) -> int:
     """Of a run's epochs, those that pruning takes, at least one where it trains; the others are fine-tuning's."""
     return 0 if share is None else min(epochs, max(1, round(epochs * share)))
+
+
+def check_method(
+    method: Method,
+    dense: nn.Module,
+    origin: Origin,
+    splits: Splits,
+    *,
+    pruning: PruningOptions,
+    training: TrainingConfig,
+) -> None:
+    """Refuse, before any training, what the method could not be fitted to after it.
+
+    Raises:
+        InputError: whatever `fit_uncertainty` would refuse, as far as it can be told.
+    """
+    left = training.epochs - pruning_epochs(pruning_share(pruning), training.epochs)
+    steps = 0
+    if left:
+        steps = left * steps_of_epoch(len(splits.require("train", "fine-tuning")), training.batch_size)[0]  # type: ignore[arg-type]
+    method.check(dense, origin.of_data(splits), splits, steps)
 
 
 def prune_and_finetune(

@@ -21,6 +21,7 @@ from compress_uq.metrics import METRICS
 from compress_uq.pruning import PruningOptions
 from compress_uq.report import DECISIONS, Evaluation
 from compress_uq.search import search_sparsity
+from compress_uq.shrinking import check_method
 from compress_uq.stages import Origin
 from compress_uq.steps import logits_of_members
 from compress_uq.study.kind import Context, Kind, Outcome
@@ -81,6 +82,9 @@ class CompressKind(Kind[CompressSettings]):
         check_answers(settings.answers, opened.splits)
         dense = context.shared.record("dense", of_dense(settings), lambda: _dense_figures(settings, opened, context))
         run = _compression(settings, opened, context)
+        check_method(
+            run.method, run.models[0], run.origin, run.splits, pruning=run.pruning, training=run.training
+        )  # fmt: skip
         if settings.budget:
             run.pruning["sparsity"] = _searched(settings, run)
         with context.shared.place(TRAININGS, of_training(settings, run.pruning)) as folder:

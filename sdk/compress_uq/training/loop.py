@@ -24,7 +24,7 @@ from compress_uq.training.optimizers import OPTIMIZERS, SCHEDULES
 from compress_uq.training.state import ResumableState, signature
 from compress_uq.training.watching import AfterBackward, Epoch, Observer
 
-__all__ = ["fit_network"]
+__all__ = ["fit_network", "steps_of_epoch"]
 
 
 def fit_network(
@@ -77,7 +77,7 @@ def fit_network(
         teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
         precision.prepare(teacher)
     optimizer = OPTIMIZERS[config.optimizer](parameters, config)
-    steps, drop_last = _steps(len(train), config.batch_size)  # type: ignore[arg-type]
+    steps, drop_last = steps_of_epoch(len(train), config.batch_size)  # type: ignore[arg-type]
     loop = _Loop(
         model=model,
         config=config,
@@ -113,7 +113,7 @@ def fit_network(
     return tuple(history)
 
 
-def _steps(images: int, batch_size: int) -> tuple[int, bool]:
+def steps_of_epoch(images: int, batch_size: int) -> tuple[int, bool]:
     """Steps of an epoch, and whether the last batch is left out: batch norm cannot train on one image."""
     drop_last = images > batch_size and images % batch_size == 1
     return images // batch_size if drop_last else math.ceil(images / batch_size), drop_last

@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from compress_uq.cost import measure_cost
-from compress_uq.data import ImageDataset
-from compress_uq.errors import UncertaintyError
+from compress_uq.data import ImageDataset, Splits
+from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
 from compress_uq.training import Observer
 from compress_uq.uq.members import Members
 from compress_uq.uq.sites import find_head
 
-__all__ = ["Method", "Trained", "describe_networks"]
+__all__ = ["Method", "Trained", "check_samples", "cost_line", "describe_networks"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Method(ABC):
     """Whether a network trained for this method is another than one trained for none."""
     watches: ClassVar[bool] = False
     """Whether it has an observer, so that it needs a training of its own."""
+    acts_last: ClassVar[bool] = False
+    """Whether all that it does is done to a network that is trained already."""
 
     @property
     def networks(self) -> int:
@@ -101,9 +103,40 @@ class Method(ABC):
         """The same for a dense model that is only trained, so that no bound on the cost of its answers holds."""
         return self
 
+    @property
+    def training_note(self) -> str:
+        """What of the method a dense model lacks that was trained with it, in words; empty where nothing is to say."""
+        if self.watches:
+            return (
+                f"the checkpoint holds the network alone: {self.name} watches the weights that its members are drawn "
+                "from, which are those left by pruning, so that it begins anew in fine-tuning"
+            )
+        if self.acts_last:
+            return (
+                f"the checkpoint is that of a plain training: all that {self.name} does, it does after the last "
+                "training, which is fine-tuning"
+            )
+        return ""
+
     def training_images(self, train: ImageDataset, seed: int) -> ImageDataset:
         """The images that a network is trained on whose training has this seed."""
         return train
+
+    def check(self, model: nn.Module, origin: Origin, splits: Splits, steps: int) -> None:
+        """Refuse, before any training, what `fit` would refuse after it.
+
+        Args:
+            model: a dense model.
+            splits: those that the run has.
+            steps: of the optimiser in fine-tuning; 0 where it is left out.
+
+        Raises:
+            InputError: what `fit` would raise, as far as it can be told.
+        """
+        if self.watches and not steps:
+            raise UncertaintyError(
+                f"no epoch is left for fine-tuning (epochs=0), and {self.name} is made of what it sees there"
+            )
 
     @abstractmethod
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
@@ -143,17 +176,42 @@ class Method(ABC):
 
     @abstractmethod
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
-        """The plan in plain values: what will be done to this model, and what a prediction will cost."""
+        """The plan in plain values: what will be done to this model, and its `cost_line`."""
 
 
-def describe_networks(method: str, count: int, model: nn.Module, origin: Origin) -> dict[str, object]:
-    """The plan of a method whose members are so many networks like `model`, each a pass of its own."""
-    cost = measure_cost(model, origin.example(model, method).shape[1:])
-    dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
+def cost_line(method: Method, samples: int, macs: int, dense_macs: int, stored_bytes: int) -> dict[str, object]:
+    """What every method says of its cost.
+
+    Args:
+        samples: members.
+        macs: of one image with all members.
+        dense_macs: of one pass of the dense model.
+        stored_bytes: of all parameters and buffers.
+    """
     return {
-        "method": method,
-        "samples": count,
-        "macs": count * cost.macs,
-        "share_of_dense_pass": count * cost.macs / dense,
-        "stored_bytes": count * cost.size_bytes,
+        "method": method.name,
+        "samples": samples,
+        "macs": macs,
+        "share_of_dense_pass": macs / dense_macs,
+        "stored_bytes": stored_bytes,
+        "trainings": method.networks,
     }
+
+
+def describe_networks(
+    method: Method, count: int, model: nn.Module, origin: Origin, *, more_macs: int = 0, more_bytes: int = 0
+) -> dict[str, object]:
+    """The cost of a method whose members are so many networks like `model`, each a pass of its own, and a bit more."""
+    cost = measure_cost(model, origin.example(model, method.name).shape[1:])
+    dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
+    return cost_line(method, count, count * cost.macs + more_macs, dense, count * cost.size_bytes + more_bytes)
+
+
+def check_samples(samples: object, least: int = 1, why: str = "") -> None:
+    """See that a number of members can be one.
+
+    Raises:
+        InputError: not a whole number, or too small.
+    """
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < least:
+        raise InputError(f"samples={samples}: expected a whole number of at least {least}{why}")

@@ -17,7 +17,7 @@ from compress_uq.data import batches
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
 from compress_uq.training import resolve_device
-from compress_uq.uq.base import Method, Trained, describe_networks
+from compress_uq.uq.base import Method, Trained, check_samples, describe_networks
 from compress_uq.uq.hooks import bare_copy
 from compress_uq.uq.members import Members, Networks
 
@@ -138,8 +138,7 @@ class DrawnWeights(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise InputError(f"samples={self.samples}: expected at least 1")
+        check_samples(self.samples)
         if self.norm_batches < 0:
             raise InputError(f"norm_batches={self.norm_batches}: expected 0 or more")
 
@@ -174,7 +173,7 @@ class DrawnWeights(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Members and cost; what training costs more is added by each method."""
-        return describe_networks(self.name, self.samples, model, origin)
+        return describe_networks(self, self.samples, model, origin)
 
 
 def require_observed(method: str, trained: Trained, *names: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from compress_uq.data import ImageDataset
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.models import as_logits
 from compress_uq.stages import Origin
-from compress_uq.uq.base import Method, Trained, describe_networks
+from compress_uq.uq.base import Method, Trained, check_samples, describe_networks
 from compress_uq.uq.members import Members, Networks
 
 __all__ = ["Ensemble"]
@@ -43,8 +43,8 @@ class Ensemble(Method):
     name = "ensemble"
 
     def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 2:
-            raise InputError(f"samples={self.samples}: an ensemble has 2 members or more; one network is 'msp'")
+        if self.samples is not None:
+            check_samples(self.samples, 2, ": an ensemble of one network is 'msp'")
         if not (math.isfinite(self.perturbation) and self.perturbation >= 0):
             raise InputError(f"perturbation={self.perturbation}: expected standard deviations of 0 or more")
 
@@ -105,7 +105,7 @@ class Ensemble(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """As many passes as members."""
-        return describe_networks(self.name, self.networks, model, origin)
+        return describe_networks(self, self.networks, model, origin)
 
 
 def _refuse_strangers(models: Sequence[nn.Module], origin: Origin) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class GaussianPerturbation(DrawnWeights):
     scale: float | str = "auto"
 
     name = "gaussian"
+    acts_last: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

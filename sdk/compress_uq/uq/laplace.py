@@ -6,21 +6,22 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
-from compress_uq.cost import measure_cost, on_device
-from compress_uq.data import ImageDataset
+from compress_uq.cost import on_device
+from compress_uq.data import ImageDataset, Splits
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.models import as_logits
 from compress_uq.predict import collect
 from compress_uq.stages import Origin
 from compress_uq.training import resolve_device
-from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.base import Method, Trained, describe_networks
 from compress_uq.uq.curvature import Curvature, Factors
 from compress_uq.uq.features import head_inputs, tap_head
 from compress_uq.uq.hooks import bare_copy
@@ -29,6 +30,8 @@ from compress_uq.uq.members import Members
 __all__ = ["Laplace", "LaplaceHead"]
 
 _PRIORS = ("evidence", "held-out")
+_LOOKED_AT = 8
+"""Images that tell beforehand whether logits are linear in what enters the classifier."""
 _PRECISIONS = [float(value) for value in np.geomspace(1e-4, 1e4, 161)]
 
 
@@ -85,6 +88,7 @@ class Laplace(Method):
     prior_precision: float | str = "evidence"
 
     name = "laplace"
+    acts_last: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = self.prior_precision
@@ -101,6 +105,17 @@ class Laplace(Method):
         """A plain copy."""
         return copy.deepcopy(model)
 
+    def check(self, model: nn.Module, origin: Origin, splits: Splits, steps: int) -> None:
+        """Refuse missing images, and a classifier that something else follows; training changes neither."""
+        images = splits.require("train", "laplace")
+        if self.prior_precision == "held-out":
+            splits.require("calibration", "prior_precision='held-out'")
+        network, few = bare_copy(model).eval(), Subset(images, range(min(_LOOKED_AT, len(images))))  # type: ignore[arg-type]
+        collect(lambda batch: as_logits(network(batch)), few)  # first: that it runs at all
+        head = _head(Trained((network,), origin))
+        tap_head(network, head)
+        _factors(network, head, few, "cpu")
+
     def fit(self, trained: Trained) -> Members:
         """One pass over the training images, two eigendecompositions, and a search for the precision.
 
@@ -111,7 +126,7 @@ class Laplace(Method):
         network, images = bare_copy(trained.one(self.name)).eval(), trained.images("laplace")
         head = _head(trained)
         tap_head(network, head)
-        curvature = _curvature(network, head, images, trained.device)
+        curvature = _factors(network, head, images, trained.device).decomposed()
         precision = self._precision(curvature, network, head, trained)
         return LaplaceHead(
             network, head, curvature.input_vectors, curvature.spread(precision), {"prior_precision": precision}
@@ -146,17 +161,9 @@ class Laplace(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """One pass and two products of the classifier's size."""
-        cost = measure_cost(model, origin.example(model, self.name).shape[1:])
         classes, features = _weights(model, _head(Trained((model,), origin))).shape
         extra = features * (features + classes)
-        dense = origin.dense_cost.macs if origin.dense_cost else cost.macs
-        return {
-            "method": self.name,
-            "samples": 1,
-            "macs": cost.macs + extra,
-            "share_of_dense_pass": (cost.macs + extra) / dense,
-            "stored_bytes": cost.size_bytes + 4 * extra,
-        }
+        return describe_networks(self, 1, model, origin, more_macs=extra, more_bytes=4 * extra)
 
 
 def _head(trained: Trained) -> str:
@@ -176,7 +183,7 @@ def _weights(network: nn.Module, head: str) -> Tensor:
     return torch.cat([weight.detach().flatten(1), bias.detach().unsqueeze(1)], 1).double().cpu()
 
 
-def _curvature(network: nn.Module, head: str, images: ImageDataset, device_name: str) -> Curvature:
+def _factors(network: nn.Module, head: str, images: ImageDataset, device_name: str) -> Factors:
     weights, device, factors = _weights(network, head), resolve_device(device_name), Factors()
 
     def add(batch: Tensor) -> None:
@@ -187,7 +194,7 @@ def _curvature(network: nn.Module, head: str, images: ImageDataset, device_name:
 
     with on_device(network, device):
         collect(add, images, device=device)
-    return factors.decomposed()
+    return factors
 
 
 def _refuse_if_not_linear(logits: Tensor, features: Tensor, weights: Tensor, head: str) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress_uq.data import Splits
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
-from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.base import Method, Trained, check_samples
 from compress_uq.uq.dropout import SampledDropout, find_fold, restored
 from compress_uq.uq.dropout_training import DropoutNetwork
 from compress_uq.uq.hooks import bare_copy
@@ -47,8 +48,7 @@ class MaskEnsemble(Method):
     trained_apart = True
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise InputError(f"samples={self.samples}: a mask ensemble has at least 2 members")
+        check_samples(self.samples, 2, ": a mask ensemble has no fewer members")
         if not 1 < self.scale <= 6:
             raise InputError(f"scale={self.scale}: expected above 1, where all masks are alike, and at most 6")
         self._dropout()
@@ -62,6 +62,13 @@ class MaskEnsemble(Method):
         raise UncertaintyError(
             "mask-ensemble trains its masks in after pruning: train the dense model without --uq, or with mc-dropout"
         )
+
+    def check(self, model: nn.Module, origin: Origin, splits: Splits, steps: int) -> None:
+        """Refuse masks that no step would train."""
+        if not steps:
+            raise UncertaintyError(
+                "no epoch is left for fine-tuning (epochs=0), and mask-ensemble trains its masks there"
+            )
 
     def prepare(self, model: nn.Module, origin: Origin) -> nn.Module:
         """A copy with the masks in it, dealt to the images of each training batch.
@@ -107,12 +114,9 @@ class MaskEnsemble(Method):
         for site in plan.sites:
             self._check(site)
         return {
-            "method": self.name,
-            "samples": plan.samples,
+            **plan.cost_of(self),
             "sites": [site.module for site in plan.sites],
             "dropped_share": 1 - _kept_share(self.samples, self.scale),
-            "macs": plan.macs,
-            "share_of_dense_pass": plan.ratio,
         }
 
     def plan(self, model: nn.Module, origin: Origin) -> DropoutPlan:

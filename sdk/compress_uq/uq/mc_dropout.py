@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress_uq.cost import measure_cost
 from compress_uq.errors import InputError, UncertaintyError, UnknownNameError
 from compress_uq.stages import Origin
 from compress_uq.training import resolve_device
-from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.base import Method, Trained, check_samples, cost_line
 from compress_uq.uq.dropout import SampledDropout, find_fold, restored, sampled_macs
 from compress_uq.uq.dropout_training import DropoutNetwork
 from compress_uq.uq.fidelity import choose_masks
@@ -39,6 +40,8 @@ class DropoutPlan:
     tail_macs: int
     """MACs of one member after that."""
     dense_macs: int
+    stored_bytes: int
+    """Of the network and its members' masks."""
 
     @property
     def macs(self) -> int:
@@ -49,6 +52,10 @@ class DropoutPlan:
     def ratio(self) -> float:
         """Cost of a prediction as a share of one dense pass."""
         return self.macs / self.dense_macs
+
+    def cost_of(self, method: Method) -> dict[str, object]:
+        """The cost line of a method with these sites."""
+        return cost_line(method, self.samples, self.macs, self.dense_macs, self.stored_bytes)
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,7 @@ class MCDropout(Method):
     def __post_init__(self) -> None:
         if self.p is not None and not 0 < self.p < 1:
             raise InputError(f"dropout p={self.p}: expected a rate above 0 and below 1")
-        if self.samples < 1:
-            raise InputError(f"samples={self.samples}: expected at least 1")
+        check_samples(self.samples)
         if self.kind not in KINDS:
             raise UnknownNameError("dropout kind", self.kind, KINDS)
         if self.candidates < 1:
@@ -147,14 +153,11 @@ class MCDropout(Method):
         """Sites, rates and cost."""
         plan = self.plan(model, origin)
         return {
-            "method": self.name,
-            "samples": plan.samples,
+            **plan.cost_of(self),
             "kind": self.kind,
             "sites": [site.module for site in plan.sites],
             "p": sorted({site.p for site in plan.sites}),
             "own_dropout": plan.sites[0].own,
-            "macs": plan.macs,
-            "share_of_dense_pass": plan.ratio,
             "functional_dropout": list(functional_dropout(model, origin.example(model, "mc-dropout"))),
         }
 
@@ -190,4 +193,7 @@ class MCDropout(Method):
     def _cost(self, model: nn.Module, sites: Sequence[Site], example: Tensor, dense: int) -> DropoutPlan:
         fold = find_fold(model, sites, example)
         trunk, tail = sampled_macs(model, sites, fold, example)
-        return DropoutPlan(tuple(sites), fold, self.samples, trunk, tail, dense)
+        tensors = [*model.parameters(), *model.buffers()]
+        masks = self.samples * sum(math.prod(site.shape) for site in sites) * torch.float32.itemsize
+        stored = sum(t.numel() * t.element_size() for t in tensors) + masks
+        return DropoutPlan(tuple(sites), fold, self.samples, trunk, tail, dense, stored)

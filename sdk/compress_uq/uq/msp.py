@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from compress_uq.stages import Origin
-from compress_uq.uq.base import Method, Trained
+from compress_uq.uq.base import Method, Trained, describe_networks
 from compress_uq.uq.members import Members, SingleMember
 
 __all__ = ["MSP"]
@@ -36,4 +36,4 @@ class MSP(Method):
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """One pass."""
-        return {"method": self.name, "samples": 1}
+        return describe_networks(self, 1, model, origin)

@@ -214,7 +214,7 @@ def _visit(module: nn.Module, prefix: str, in_sequence: bool) -> Iterator[str]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if not is_weighted(child):
-            if end is not None and isinstance(module, nn.Sequential) and not isinstance(child, nn.Flatten):
+            if end is not None and isinstance(module, nn.Sequential) and not isinstance(child, (nn.Flatten, *_OWN)):
                 end = path
             continue
         if end is not None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from compress_uq.data import Splits
 from compress_uq.errors import InputError, UncertaintyError
 from compress_uq.stages import Origin
 from compress_uq.training import Observer
@@ -124,6 +125,11 @@ class SWAG(DrawnWeights):
             raise InputError(f"snapshots={self.snapshots}: expected at least {max(2, self.rank)}, for rank {self.rank}")
         if not 0 < self.share <= 1:
             raise InputError(f"share={self.share}: expected a share of the training's steps, above 0 and up to 1")
+
+    def check(self, model: nn.Module, origin: Origin, splits: Splits, steps: int) -> None:
+        """Refuse a training with too few steps to take snapshots of."""
+        super().check(model, origin, splits, steps)
+        _refuse_few(math.ceil(steps * self.share))
 
     def observer(self, network: nn.Module) -> Observer:
         """The moments."""

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from compress_uq.data import Splits
 from compress_uq.errors import InputError, UncertaintyError, UnknownNameError
 from compress_uq.stages import Origin
 from compress_uq.training import Observer
@@ -94,6 +95,15 @@ def automatic_noise(steps: int) -> float:
     return min(_OBSERVATION_NOISE, _MEAN_NOISE * (_SHARE_REMEMBERED * steps) ** 2)
 
 
+def _start_left(steps: int, observation_noise: float) -> float:
+    """Share of the means' start that is left in them after so many steps."""
+    doubt, left = 0.0, 1.0
+    for _ in range(steps):
+        gain, doubt = kalman_gain(doubt, _MEAN_NOISE, observation_noise)
+        left *= 1 - gain
+    return left
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return gradient.flatten().float()
@@ -128,6 +138,12 @@ class TRADI(DrawnWeights):
         if not 0 <= self.observation_noise < math.inf:
             raise InputError(f"observation_noise={self.observation_noise}: expected above 0, or 0 for automatic")
 
+    def check(self, model: nn.Module, origin: Origin, splits: Splits, steps: int) -> None:
+        """Refuse a start at 0 that these steps will not forget: the gains are known before any data."""
+        super().check(model, origin, splits, steps)
+        if self.start == "zero":
+            self._refuse_unforgotten(_start_left(steps, self.observation_noise or automatic_noise(steps)))
+
     def observer(self, network: nn.Module) -> Observer:
         """The Kalman filters."""
         return WeightTracker(network, repr(self), self.start, self.observation_noise)
@@ -140,13 +156,16 @@ class TRADI(DrawnWeights):
         """
         observed = require_observed(self.name, trained, "mean", "variance", "scalars")
         left = float(observed["scalars"][2])
-        if self.start == "zero" and left > _START_LEFT:
-            raise UncertaintyError(
-                f"tradi's means still hold {left:.0%} of their start at 0: train for more epochs, in smaller batches "
-                "or with start='weights'"
-            )
+        self._refuse_unforgotten(left)
         return DiagonalGaussian(observed["mean"], observed["variance"]), {"start_left": left}
 
     def describe(self, model: nn.Module, origin: Origin) -> dict[str, object]:
         """Members and cost."""
         return {**super().describe(model, origin), "training_copies": 2}
+
+    def _refuse_unforgotten(self, left: float) -> None:
+        if self.start == "zero" and left > _START_LEFT:
+            raise UncertaintyError(
+                f"tradi's means still hold {left:.0%} of their start at 0 when the training ends: train for more "
+                "epochs, in smaller batches or with start='weights'"
+            )
