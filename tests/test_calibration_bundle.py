@@ -137,7 +137,7 @@ def test_what_is_of_the_first_run_is_named_so(another, old):
     assert "Which classes changed?" not in page
     assert "| | dense (first run) | dense_calibrated (first run) | compressed | onnx |" in table
     assert "<th>dense (first run)</th>" in page
-    assert "| class | dense (first run) | compressed |" in table
+    assert "| class | dense (first run) | compressed |\n|---|---|---|\n| 0 | " in table
     changed = report["recalibration"]
     shown = [f"{changed[side]['accuracy']['value'] * 100:.2f} % {side}" for side in ("before", "after")]
     assert f"Calibrated again on caller&#x27;s splits. Accuracy {shown[0]}, {shown[1]};" in page

@@ -232,22 +232,18 @@ def _plain(value: Any) -> str:
 
 
 def _per_class(report: Mapping[str, Any]) -> list[str]:
-    """Accuracy before and after; without a test of the difference where the two are of other images."""
-    first, second = column_titles(report, ("dense", "compressed")).values()
-    lines = [
-        "",
-        "## Accuracy per class",
-        "",
-        f"| class | {first} | {second} | change | lost | gained | p |",
-        "|---" * 7 + "|",
-    ]
+    """Accuracy before and after, and a test of the difference where both are of the same images."""
     tested = {row["class"]: row for row in report.get("class_changes", [])}
+    head = ["class", *column_titles(report, ("dense", "compressed")).values()]
+    head += ["change", "lost", "gained", "p"] if tested else []
+    lines = ["", "## Accuracy per class", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, dense in report["dense"]["per_class"].items():
-        row = tested.get(name)
-        change = "" if row is None or row["change"] is None else f"{row['change']:+.4f}"
-        test = " | | " if row is None else f"{row['lost']} | {row['gained']} | {row['p_value']:.3f}"
-        after = _figure(report["compressed"]["per_class"].get(name))
-        lines.append(f"| {name} | {_figure(dense)} | {after} | {change} | {test} |")
+        cells = [name, _figure(dense), _figure(report["compressed"]["per_class"].get(name))]
+        if tested:
+            row = tested[name]
+            change = "" if row["change"] is None else f"{row['change']:+.4f}"
+            cells += [change, str(row["lost"]), str(row["gained"]), f"{row['p_value']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
