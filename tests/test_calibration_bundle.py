@@ -13,6 +13,8 @@ from torch.utils.data import TensorDataset
 
 import compress_uq as cuq
 from compress_uq.errors import ArtifactError, CalibrationError, DataError
+from compress_uq.metrics import Figure
+from compress_uq.report import broken, lost_classes, of_compressed
 from compress_uq.storage import sha256
 from small_models import Leaves
 
@@ -91,6 +93,91 @@ def test_the_card_says_what_changed_on_the_same_images(old, new, newer):
     assert recipe["pruning"] == old.recipe["pruning"]
     assert "## Calibrated again on" in new.report.to_markdown()
     assert "noise" in new.report.to_markdown()
+
+
+OF_COMPRESSED = (
+    "compressed is not calibrated: every calibration image is classified right",
+    "the OOD score ranks noise worse than chance, AUROC 0.4000: its images pass for in-distribution",
+    *lost_classes([{"class": "3", "dense": 0.8, "compressed": 0.1, "change": -0.7, "lost": 30, "gained": 0,
+                    "p_value": 1e-9}]),
+    *broken({"selective_risk": Figure(0.4, 0.3, 0.5), "set_coverage": Figure(0.5, 0.4, 0.6)},
+            {"acceptance": {"risk": 0.1}, "sets": {"coverage": 0.9}}),
+)  # fmt: skip
+OF_OTHERS = (
+    "dense_calibrated is not calibrated: every calibration image is classified right",
+    "the OOD score ranks letters worse than chance, AUROC 0.4000: its images pass for in-distribution",
+    "the dense model scores 0.100 on its own data, near chance: a wrong --mean or --std",
+)
+
+
+@pytest.fixture(scope="module")
+def another(old, newer):
+    """Calibrated again otherwise, of a first card that warns of everything."""
+    warned = {**old.report_json, "warnings": [*old.report_json["warnings"], *OF_COMPRESSED, *OF_OTHERS]}
+    return cuq.recalibrate(replace(old, report_json=warned), replace(newer, ood={"noise": drifted(40, 8)}),
+                           method="vector")  # fmt: skip
+
+
+def test_the_card_names_one_calibrator_and_its_figures(another):
+    report = another.report.to_json()
+    after, compressed = report["calibration"]["after"], report["compressed"]["metrics"]
+    names = [report["recipe"]["calibration"], report["recipe"]["calibrator"], after["calibration"]]
+    assert [*names, report["recalibration"]["after"]["calibration"]] == ["vector"] * 4
+    assert {name: after[name] for name in ("ece", "nll", "brier")} == {
+        name: compressed[name] for name in ("ece", "nll", "brier")
+    }
+    assert report["calibration"]["before"]["nll"]["value"] > after["nll"]["value"]
+    assert '"temperature"' not in json.dumps(report["recipe"] | {"calibration_choice": None})
+
+
+def test_what_is_of_the_first_run_is_named_so(another, old):
+    report, first = another.report.to_json(), old.report.to_json()
+    page, table = another.files["report.html"].decode(), another.report.to_markdown()
+    assert report["class_changes"] == []
+    assert "Which classes changed?" not in page
+    assert "| | dense (first run) | dense_calibrated (first run) | compressed | onnx |" in table
+    assert "<th>dense (first run)</th>" in page
+    assert "| class | dense (first run) | compressed |\n|---|---|---|\n| 0 | " in table
+    changed = report["recalibration"]
+    shown = [f"{changed[side]['accuracy']['value'] * 100:.2f} % {side}" for side in ("before", "after")]
+    assert f"Calibrated again on caller&#x27;s splits. Accuracy {shown[0]}, {shown[1]};" in page
+    assert "<li>method: mc-dropout</li>" in page
+    seconds = [card["compressed"]["cost"]["training_seconds"] for card in (first, report)]
+    assert seconds[0] == seconds[1] > 0
+    assert report["onnx"]["cost"]["training_seconds"] is first["onnx"]["cost"]["training_seconds"] is None
+    assert "Spearman of MI, 6 and 204 samples, first run" in table
+    assert report["conventions"]["samples"] == first["conventions"]["samples"]
+    assert report["conventions"]["first_run"].startswith("the columns dense, dense_calibrated and control")
+
+
+def test_warnings_of_what_is_measured_again_go_and_others_stay(another, newer):
+    texts = another.report.to_json()["warnings"]
+    assert not [text for text in texts if text.removeprefix("first run: ") in OF_COMPRESSED]
+    assert [text for text in texts if text.startswith("first run: ")][-3:] == [f"first run: {t}" for t in OF_OTHERS]
+    # Once more: the first run's stay, named once, and the last calibration's are not of this card.
+    third = cuq.recalibrate(another, replace(newer, info=replace(newer.info, name="third")), method="none")
+    again = third.report.to_json()["warnings"]
+    assert [text for text in again if text.startswith("first run: ")][-3:] == [f"first run: {t}" for t in OF_OTHERS]
+    assert [text for text in again if text.startswith("calibrated again on")][0].startswith("calibrated again on third")
+    assert sum(text.startswith("calibrated again on") for text in again) == 1
+    assert third.report.to_json()["calibration"] is None
+
+
+def test_every_suspicion_of_the_compressed_model_is_known_as_one(old, newer):
+    """Warnings as they are worded, so that a stale one is recognised."""
+    right = cuq.evaluate(old.model, newer)
+    labels = (right.prediction.label + (np.arange(300) % 10 > 0)) % 4  # a tenth is right
+    wrong = TensorDataset(newer.test.tensors[0], torch.as_tensor(labels))
+    prediction = right.prediction._replace(uncertainty=-right.prediction.uncertainty)
+    low = Figure(0.4, 0.3, 0.5)
+    bad = replace(
+        right, prediction=prediction, labels=labels, ood={"noise": {"auroc": low}},
+        metrics={**right.metrics, "error_auroc": low, "ause": Figure(9.0, 9.0, 9.0)},
+    )  # fmt: skip
+    found = cuq.report.suspicions(old.model, replace(newer, test=wrong), bad)
+    assert len(found) == 4
+    assert all(of_compressed(text, ["noise"]) for text in (*found, *OF_COMPRESSED))
+    assert not any(of_compressed(text, ["noise"]) for text in OF_OTHERS)
 
 
 def test_the_new_bundle_is_a_bundle(new, newer, tmp_path):
@@ -211,7 +298,10 @@ def test_the_command_divides_known_data_as_before(command, bundle_folder):
     assert code == 0, err
     report = json.loads(out)
     assert report["recalibration"]["after"]["calibration"] == "temperature"
-    assert "fifth of the test split" in report["recipe"]["recalibration"]["data"]["calibration"]
+    source = report["recipe"]["recalibration"]["data"]["calibration"]
+    assert source.startswith("a class-balanced fifth of the test split (70 images), since a bundle does not keep which")
+    assert "(70 images)" in err
+    assert "no training of these weights" not in err + out
     code, out, _ = command("evaluate", "new", "--json")
     assert json.loads(out)["metrics"]["ece"] == pytest.approx(report["onnx"]["metrics"]["ece"])
     code, _, err = command("verify", "new", "--data", "digits")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from compress_uq.calibration import AUTO, Identity
+from compress_uq.calibration import AUTO
 from compress_uq.config import AnswerConfig, TrainingConfig
 from compress_uq.data import Augmentation, Splits
 from compress_uq.finishing import Finished, finish, finish_model
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.pruning import PruneResult, PruningOptions
-from compress_uq.report import Evaluation, evaluate
+from compress_uq.report import Evaluation, evaluate, uncalibrated
 from compress_uq.shrinking import Shrunk, finetune_dense, prune_and_finetune, seconds_of
 from compress_uq.stages import Origin
 from compress_uq.uncertain import UncertainModel, as_given
@@ -105,13 +105,7 @@ class Compression:
 
     def uncalibrated(self, compressed: Compressed) -> Evaluation | None:
         """Figures on test of the compressed model as its members give them; None where nothing calibrates it."""
-        if compressed.model.calibrator.name == "none":
-            return None
-        plain = compressed.model.but(calibrator=Identity(), acceptance=None, sets=None)
-        return evaluate(
-            plain, replace(self.splits, ood={}), device=self.training.device, progress=self.progress,
-            stage="not calibrated",
-        )  # fmt: skip
+        return uncalibrated(compressed.model, self.splits, device=self.training.device, progress=self.progress)
 
     def _noted(self, done: Finished) -> UncertainModel:
         self.warnings.extend(done.warnings)

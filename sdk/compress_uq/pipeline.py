@@ -128,6 +128,7 @@ def compress(
     run.warnings += suspicions(compressed.model, splits, evaluation)
     run.warnings += lost_classes(class_changes(dense_evaluation, evaluation))
     run.warnings += broken(evaluation.decisions, compressed.model.record, len(evaluation.labels))
+    run.warnings += _not_compared(compressed.model)
     card = ReportCard(
         dense=_with_cost(dense_evaluation, latency=latency.get("dense")),
         dense_calibrated=_with_cost(dense_calibrated_evaluation, latency=latency.get("dense")),
@@ -196,3 +197,10 @@ def _with_cost(
 def _fidelity(model: UncertainModel) -> dict[str, float] | None:
     known = model.members.fidelity
     return None if known is None else {"samples": model.members.count, **asdict(known)}
+
+
+def _not_compared(model: UncertainModel) -> list[str]:
+    reason = model.members.not_compared
+    if reason is None:
+        return []
+    return [f"the fixed masks of {model.members.count} samples were not compared with those of many more: {reason}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,19 @@ from compress_uq.deciding import fit_rules, promised
 from compress_uq.errors import DataError, DecisionError
 from compress_uq.export import export_onnx
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.report import Evaluation, broken, evaluate, onnx_milliseconds, suspicions
-from compress_uq.report.card import table_rows
+from compress_uq.report import (
+    Evaluation,
+    broken,
+    calibration_change,
+    conventions,
+    evaluate,
+    method_lines,
+    of_compressed,
+    onnx_milliseconds,
+    suspicions,
+    table_rows,
+    uncalibrated,
+)
 from compress_uq.report.page import render_page
 from compress_uq.steps import calibrate
 from compress_uq.uncertain import UncertainModel
@@ -26,6 +37,8 @@ __all__ = ["load_new_data", "recalibrate"]
 
 _PARTS = ("train", "val", "test", "calibration")
 _SHOWN = ("accuracy", "nll", "brier", "ece")
+_FIRST_RUN = "first run: "
+_LEFT_OUT = "a decision rule of the old bundle is left out: "
 
 
 def load_new_data(
@@ -60,7 +73,15 @@ def load_new_data(
         if whole.info.fingerprint != bundle.fingerprint:
             info = replace(whole.info, calibration="four fifths of the folder; figures are on the other fifth")
             return replace(whole, train=None, calibration=whole.train, info=info)
-    return replace(load_splits(name, **given), train=None)
+    splits = replace(load_splits(name, **given), train=None)
+    if not splits.info.calibration_from_test:
+        return splits
+    calibration, test = (len(splits.require(part, "calibrate")) for part in ("calibration", "test"))  # type: ignore[arg-type]
+    source = (
+        f"a class-balanced fifth of the test split ({calibration} images), since a bundle does not keep which training "
+        f"images its model never saw; figures are on the other {test}"
+    )
+    return replace(splits, info=replace(splits.info, calibration=source))
 
 
 def recalibrate(
@@ -73,8 +94,9 @@ def recalibrate(
 ) -> Bundle:
     """A new bundle with the same weights, calibrated on other images, exported again and measured on their test split.
 
-    Its card keeps the columns of the dense model as they were; `compressed` and `onnx` are measured anew, and
-    `recalibration` holds the figures before and after, on the same images.
+    Its card keeps the columns of the dense model as they were, named as of the first run, and so are warnings about
+    them; `compressed`, `onnx` and `calibration` are measured anew, and `recalibration` holds the figures before and
+    after, on the same images. `class_changes` is empty: the dense model does not answer for these images.
 
     Args:
         bundle: one whose model can be rebuilt.
@@ -104,6 +126,7 @@ def recalibrate(
         new, lost = _decided(new, splits, rules, device, progress)
     before = evaluate(old, splits, device=device, progress=progress, stage="before")
     after = evaluate(new, splits, device=device, progress=progress, stage="after")
+    plain = uncalibrated(new, splits, device=device, progress=progress)
     recipe = _recipe(bundle, new, splits, method)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
@@ -112,11 +135,14 @@ def recalibrate(
         content = file.read_bytes()
     assert new.origin.input_shape is not None
     latency = onnx_milliseconds({"onnx": content}, new.origin.input_shape)["onnx"]
+    columns = {"compressed": after, "onnx": of_file}
     report = {
         **bundle.report_json,
-        "compressed": _timed(after, latency).to_json(),
-        "onnx": _timed(of_file, latency).to_json(),
+        **{name: _costed(column, bundle, name, latency).to_json() for name, column in columns.items()},
+        "calibration": calibration_change(plain, after, new.calibrator.name),
+        "class_changes": [],
         "recipe": recipe,
+        "conventions": _conventions(bundle.report_json, recipe),
         "recalibration": {
             "data": splits.info.name,
             "before": {"calibration": old.calibrator.name, **_figures(before)},
@@ -124,7 +150,8 @@ def recalibrate(
         },
         "warnings": _warnings(bundle, new, splits, after, lost),
     }
-    page = render_page(report, table_rows(report), {"before": before, "compressed": after})
+    drawn = {"before": before, "compressed": after} | ({} if plain is None else {"uncalibrated": plain})
+    page = render_page(report, table_rows(report), drawn, method_lines(recipe))
     return bundle.recalibrated(new, content, report, page)
 
 
@@ -145,6 +172,7 @@ def _recipe(bundle: Bundle, model: UncertainModel, splits: Splits, method: str) 
     return {
         **bundle.recipe,
         "calibration": method,
+        "calibrator": model.calibrator.name,
         "calibration_choice": model.calibrator.choice,
         "answers": {"score": model.score.name, "ood_score": model.ood_score.name, **model.record},
         "recalibration": {
@@ -174,8 +202,7 @@ def _decided(
 def _warnings(
     bundle: Bundle, model: UncertainModel, splits: Splits, after: Evaluation, lost: Sequence[DecisionError]
 ) -> list[str]:
-    """What was said before and still holds, and what has to be said now."""
-    old = [text for text in bundle.report_json["warnings"] if not text.startswith("compressed is not calibrated")]
+    """What was said before of anything that is not measured again, and what has to be said now."""
     new = [
         f"calibrated again on {splits.info.name}: compressed and onnx are measured on its test split, the other "
         "columns on that of the first run",
@@ -183,13 +210,40 @@ def _warnings(
         *(f"{count} identical images are in both parts of {pair}" for pair, count in identical_images(splits).items()),
         *suspicions(model, splits, after),
     ]
-    new += [f"a decision rule of the old bundle is left out: {error}" for error in lost]
+    new += [f"{_LEFT_OUT}{error}" for error in lost]
     new += broken(after.decisions, model.record, len(after.labels))
-    return list(dict.fromkeys(old + new))
+    return list(dict.fromkeys(_kept(bundle.report_json, after) + new))
 
 
-def _timed(column: Evaluation, latency: dict[str, float]) -> Evaluation:
-    return replace(column, cost=replace(column.cost, latency_ms=latency))
+def _kept(old: Mapping[str, Any], after: Evaluation) -> list[str]:
+    """An older card's warnings that still hold, named as of the first run."""
+    texts = old["warnings"]
+    if old.get("recalibration") is not None:
+        # What an earlier calibration said of its images is of no figure on the new card.
+        texts = [text for text in texts if text.startswith((_FIRST_RUN, _LEFT_OUT))]
+    said = [text.removeprefix(_FIRST_RUN) for text in texts]
+    still = [text for text in said if not of_compressed(text, after.ood)]
+    return [text if text.startswith(_LEFT_OUT) else f"{_FIRST_RUN}{text}" for text in still]
+
+
+def _conventions(old: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, str]:
+    """How the new card's figures were measured, and which of them are the first run's."""
+    fidelity = old.get("fidelity")
+    said = conventions(recipe, fidelity)
+    if fidelity is not None and "samples" in old["conventions"]:
+        said["samples"] = old["conventions"]["samples"]
+    said["latency"] += "; of the dense columns as the first run measured it, not in turns with the others"
+    said["first_run"] = (
+        "the columns dense, dense_calibrated and control, the comparison of samples, training_seconds, and of the "
+        "recipe all but calibration, calibrator, calibration_choice, answers and recalibration"
+    )
+    return said
+
+
+def _costed(column: Evaluation, bundle: Bundle, name: str, latency: dict[str, float]) -> Evaluation:
+    """The column with the latency of now, and the seconds that training its weights once took."""
+    seconds = bundle.report_json[name]["cost"]["training_seconds"]
+    return replace(column, cost=replace(column.cost, latency_ms=latency, training_seconds=seconds))
 
 
 def _figures(column: Evaluation) -> dict[str, Any]:

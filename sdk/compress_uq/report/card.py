@@ -13,9 +13,9 @@ from compress_uq.metrics import METRICS, Figure
 from compress_uq.report.changes import calibration_change, class_changes
 from compress_uq.report.decisions import DECISIONS, guarantees
 from compress_uq.report.evaluation import Evaluation
-from compress_uq.report.page import render_page
+from compress_uq.report.page import column_titles, render_page
 
-__all__ = ["FORMAT_VERSION", "ReportCard", "Requirement"]
+__all__ = ["FORMAT_VERSION", "ReportCard", "Requirement", "conventions", "markdown", "method_lines", "table_rows"]
 
 FORMAT_VERSION = 1
 COLUMNS = ("dense", "dense_calibrated", "control", "compressed", "onnx")
@@ -28,7 +28,6 @@ CONVENTIONS = {
     "decisions": "shares of test images; intervals: Wilson, and of set_size the normal approximation",
     "class_changes": "p: exact McNemar test on the images that one of the two models classifies right",
     "latency": "ONNX Runtime on this machine's CPU, one thread, files taken in turns, median; key: batch size",
-    "samples": "fixed masks: of several draws the one that ranks calibration images, labels unseen, as many more do",
     "macs": "multiply-accumulates of convolutions and matrix products, one image, all members",
 }
 
@@ -99,7 +98,7 @@ class ReportCard:
             "calibration": calibration_change(self.uncalibrated, self.compressed, self.recipe["calibrator"]),
             "class_changes": class_changes(self.dense, self.compressed),
             "recipe": dict(self.recipe),
-            "conventions": {**CONVENTIONS, **_of_answers(self.recipe.get("answers", {}))},
+            "conventions": conventions(self.recipe, self.fidelity),
             "warnings": list(self.warnings),
         }
 
@@ -111,13 +110,29 @@ class ReportCard:
         """A page with diagrams that needs no other file."""
         report = self.to_json()
         before = {} if self.uncalibrated is None else {"uncalibrated": self.uncalibrated}
-        lines = [line for line in method_lines(self.recipe) if line.startswith("-")]
-        return render_page(report, table_rows(report), {**self.columns, **before}, lines)
+        return render_page(report, table_rows(report), {**self.columns, **before}, method_lines(self.recipe))
 
     def unmet(self, requirements: Sequence[Requirement]) -> list[str]:
         """What the exported file misses of the requirements."""
         checked = [r.failure(self.onnx.metrics.get(r.metric)) for r in requirements]
         return [failure for failure in checked if failure is not None]
+
+
+def conventions(recipe: Mapping[str, Any], fidelity: Mapping[str, float] | None) -> dict[str, str]:
+    """How the figures of a card with this recipe were measured, in words by topic."""
+    return {**CONVENTIONS, **_of_samples(recipe, fidelity), **_of_answers(recipe.get("answers", {}))}
+
+
+def _of_samples(recipe: Mapping[str, Any], fidelity: Mapping[str, float] | None) -> dict[str, str]:
+    """Where the fixed masks of dropout come from; nothing for a method that draws none."""
+    if "candidates" not in recipe.get("uncertainty", {}).get("options", {}):
+        return {}
+    if fidelity is None:
+        return {"samples": "fixed masks: the first draw, not compared with more samples"}
+    return {
+        "samples": f"fixed masks: of {fidelity['draws']} draws the one that ranks calibration images, labels unseen, "
+        f"as {fidelity['reference']} samples do; chosen on half of {fidelity['images']} images, figures on the rest"
+    }
 
 
 def _of_answers(answers: Mapping[str, Any]) -> dict[str, str]:
@@ -171,6 +186,8 @@ def _fidelity_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]
     if known is None:
         return []
     pair = f"{known['samples']} and {known['reference']} samples"
+    if report.get("recalibration") is not None:
+        pair += ", first run"
     figures = {f"Spearman of MI, {pair}": known["spearman"], f"mean difference of p, {pair}": known["difference"]}
     present = [name for name in COLUMNS if report[name] is not None]
     members = ("compressed", "onnx")
@@ -180,9 +197,10 @@ def _fidelity_rows(report: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]
 def markdown(report: Mapping[str, Any]) -> str:
     """report.md from report.json."""
     present = [name for name in COLUMNS if report[name] is not None]
-    lines = ["# Report card", "", "| | " + " | ".join(present) + " |", "|---" * (len(present) + 1) + "|"]
+    titles = column_titles(report, present)
+    lines = ["# Report card", "", "| | " + " | ".join(titles.values()) + " |", "|---" * (len(present) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(texts[c] for c in present) + " |" for name, texts in table_rows(report)]
-    lines += method_lines(report["recipe"])
+    lines += ["", "## Uncertainty", "", *(f"- {line}" for line in method_lines(report["recipe"]))]
     if report.get("calibration") is not None:
         lines += _before_and_after("Calibration of the compressed model", report["calibration"])
     if report.get("recalibration") is not None:
@@ -200,7 +218,7 @@ def method_lines(recipe: Mapping[str, Any]) -> list[str]:
     """The uncertainty method and what it costs, as it described itself before the work."""
     described = recipe.get("uncertainty", {})
     told = {name: value for name, value in described.items() if name != "options" and value not in (None, [], {})}
-    return ["", "## Uncertainty", "", *(f"- {name.replace('_', ' ')}: {_plain(value)}" for name, value in told.items())]
+    return [f"{name.replace('_', ' ')}: {_plain(value)}" for name, value in told.items()]
 
 
 def _plain(value: Any) -> str:
@@ -214,21 +232,18 @@ def _plain(value: Any) -> str:
 
 
 def _per_class(report: Mapping[str, Any]) -> list[str]:
-    """Accuracy before and after; reports of older bundles have no test of the difference."""
-    lines = [
-        "",
-        "## Accuracy per class",
-        "",
-        "| class | dense | compressed | change | lost | gained | p |",
-        "|---" * 7 + "|",
-    ]
+    """Accuracy before and after, and a test of the difference where both are of the same images."""
     tested = {row["class"]: row for row in report.get("class_changes", [])}
+    head = ["class", *column_titles(report, ("dense", "compressed")).values()]
+    head += ["change", "lost", "gained", "p"] if tested else []
+    lines = ["", "## Accuracy per class", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, dense in report["dense"]["per_class"].items():
-        row = tested.get(name)
-        change = "" if row is None or row["change"] is None else f"{row['change']:+.4f}"
-        test = " | | " if row is None else f"{row['lost']} | {row['gained']} | {row['p_value']:.3f}"
-        after = _figure(report["compressed"]["per_class"].get(name))
-        lines.append(f"| {name} | {_figure(dense)} | {after} | {change} | {test} |")
+        cells = [name, _figure(dense), _figure(report["compressed"]["per_class"].get(name))]
+        if tested:
+            row = tested[name]
+            change = "" if row["change"] is None else f"{row['change']:+.4f}"
+            cells += [change, str(row["lost"]), str(row["gained"]), f"{row['p_value']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-from compress_uq.report.evaluation import Evaluation
+from compress_uq.calibration import Identity
+from compress_uq.data import Splits
+from compress_uq.progress import ProgressCallback, silent
+from compress_uq.report.evaluation import Evaluation, evaluate
+from compress_uq.uncertain import UncertainModel
 
-__all__ = ["calibration_change", "class_changes", "lost_classes"]
+__all__ = ["calibration_change", "class_changes", "lost_classes", "uncalibrated"]
 
 _ALPHA = 0.05
 _CALIBRATED = ("ece", "nll", "brier")
@@ -46,6 +51,16 @@ def lost_classes(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     named = ", ".join(f"{row['class']} {row['dense']:.3f} to {row['compressed']:.3f}" for row in worst)
     more = f" and {len(worse) - 5} more" if len(worse) > 5 else ""
     return [f"compression cost these classes more than chance explains: {named}{more}"]
+
+
+def uncalibrated(
+    model: UncertainModel, splits: Splits, *, device: str = "cpu", progress: ProgressCallback = silent
+) -> Evaluation | None:
+    """Figures on test of a model as its members give them; None where nothing calibrates it."""
+    if model.calibrator.name == "none":
+        return None
+    plain = model.but(calibrator=Identity(), acceptance=None, sets=None)
+    return evaluate(plain, replace(splits, ood={}), device=device, progress=progress, stage="not calibrated")
 
 
 def calibration_change(before: Evaluation | None, after: Evaluation, calibrator: str) -> dict[str, Any] | None:

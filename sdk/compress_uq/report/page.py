@@ -15,7 +15,7 @@ import numpy as np
 from compress_uq.metrics import reliability, sparsification_curves
 from compress_uq.report.evaluation import Evaluation
 
-__all__ = ["render_page"]
+__all__ = ["column_titles", "render_page"]
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c2430; }
@@ -29,6 +29,9 @@ pre { background: #f5f7fa; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem
 """
 _COLOURS = {"dense": "#8a94a6", "before": "#8a94a6", "compressed": "#1f6feb"}
 _RELIABILITY = {**_COLOURS, "uncalibrated": "#7aa7e9"}
+
+_FIRST_RUN = ("dense", "dense_calibrated", "control")
+"""Columns that are not measured again when a bundle is calibrated again."""
 
 Rows = Sequence[tuple[str, Mapping[str, str]]]
 
@@ -53,7 +56,7 @@ def render_page(
         f"<p>{html.escape(_headline(report))}</p>",
         *(f"<p class='warning'>{html.escape(text)}</p>" for text in report["warnings"]),
         "<h2>Side by side</h2>",
-        _table(rows, list(rows[0][1])),
+        _table(rows, column_titles(report, list(rows[0][1]))),
         "<h2>Is the confidence right?</h2>",
         _picture(
             _reliability(calibrated), "Reliability: accuracy against confidence in 15 bins; on the diagonal is right."
@@ -70,10 +73,9 @@ def render_page(
             "Risk and coverage: error rate of the share of images that is answered, most certain first. The mean of a "
             "curve is AURC; the dot is the acceptance rule, where there is one.",
         ),
-        "<h2>Which classes changed?</h2>",
-        _class_table(report),
+        *(("<h2>Which classes changed?</h2>", _class_table(report)) if report.get("class_changes") else ()),
         "<h2>Uncertainty method</h2><ul>",
-        *(f"<li>{html.escape(line.removeprefix('- '))}</li>" for line in method),
+        *(f"<li>{html.escape(line)}</li>" for line in method),
         "</ul>",
     ]
     if shown["compressed"].ood_scores:
@@ -88,19 +90,30 @@ def render_page(
     return "\n".join(parts)
 
 
+def column_titles(report: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
+    """What stands above each column: which of them are of other images than the rest is said there."""
+    again = report.get("recalibration") is not None
+    return {name: f"{name} (first run)" if again and name in _FIRST_RUN else name for name in columns}
+
+
 def _headline(report: Mapping[str, Any]) -> str:
-    dense, onnx = report["dense"], report["onnx"]
-    accuracy = [m["metrics"]["accuracy"]["value"] * 100 for m in (dense, onnx)]
-    ece = [m["metrics"]["ece"]["value"] for m in (dense, onnx)]
+    """Two columns of the same images: dense and compressed, or before and after another calibration."""
+    dense, onnx, changed = report["dense"], report["onnx"], report.get("recalibration")
+    opening, names, pair = "", ("dense", "compressed"), (dense["metrics"], onnx["metrics"])
+    if changed is not None:
+        opening, names = f"Calibrated again on {changed['data']}. ", ("before", "after")
+        pair = (changed["before"], changed["after"])
+    accuracy = [figures["accuracy"]["value"] * 100 for figures in pair]
+    ece = [figures["ece"]["value"] for figures in pair]
     share = onnx["cost"]["macs"] / dense["cost"]["macs"]
     return (
-        f"Accuracy {accuracy[0]:.2f} % dense, {accuracy[1]:.2f} % compressed; expected calibration error {ece[0]:.4f} "
-        f"and {ece[1]:.4f}; a prediction with its uncertainty costs {share:.2f} of one dense pass in MACs."
+        f"{opening}Accuracy {accuracy[0]:.2f} % {names[0]}, {accuracy[1]:.2f} % {names[1]}; expected calibration error "
+        f"{ece[0]:.4f} and {ece[1]:.4f}; a prediction with its uncertainty costs {share:.2f} of one dense pass in MACs."
     )
 
 
-def _table(rows: Rows, columns: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+def _table(rows: Rows, columns: Mapping[str, str]) -> str:
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in columns.values())
     body = "".join(
         f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{html.escape(texts[c])}</td>" for c in columns) + "</tr>"
         for name, texts in rows
@@ -181,7 +194,7 @@ def _class_table(report: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(_cell(row[name]))}</td>" for name in names) + "</tr>"
-        for row in report.get("class_changes", [])
+        for row in report["class_changes"]
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,7 +14,18 @@ from compress_uq.predict import collect
 from compress_uq.report.evaluation import Evaluation
 from compress_uq.uncertain import UncertainModel
 
-__all__ = ["near_chance", "suspicions"]
+__all__ = ["near_chance", "of_compressed", "suspicions"]
+
+_OF_COMPRESSED = (
+    "compressed is not calibrated",
+    "accuracy is ",
+    "the uncertainty ranks errors worse ",
+    "the uncertainty tells errors from right answers worse ",
+    "compression cost these classes ",
+    "the risk of accepted answers is ",
+    "prediction sets hold ",
+)
+"""How warnings begin that are about figures of `compressed` and `onnx`."""
 
 
 def near_chance(dense: Evaluation) -> list[str]:
@@ -54,6 +66,11 @@ def suspicions(model: UncertainModel, splits: Splits, evaluation: Evaluation) ->
             f"AUSE {evaluation.metrics['ause'].value:.4f}, random {bar:.4f}"
         )
     return found + _worse_than_random(evaluation)
+
+
+def of_compressed(warning: str, ood: Iterable[str]) -> bool:
+    """Whether a card's warning is outdated when `compressed` is measured again, on other images and these OOD sets."""
+    return warning.startswith((*_OF_COMPRESSED, *(f"the OOD score ranks {name} " for name in ood)))
 
 
 def _worse_than_random(evaluation: Evaluation) -> list[str]:

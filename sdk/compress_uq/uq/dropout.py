@@ -225,7 +225,8 @@ class SampledDropout(Members):
         other = copy.deepcopy(self)
         other.sampling = sampling
         if sampling != "fixed":
-            other.found = {name: value for name, value in self.found.items() if name != "fidelity"}  # of fixed masks
+            of_fixed_masks = ("fidelity", "not_compared")
+            other.found = {name: value for name, value in self.found.items() if name not in of_fixed_masks}
         for masked in other.masked:
             masked.sampling = sampling  # type: ignore[assignment]
         return other

@@ -24,7 +24,7 @@ from compress_uq.uq.dropout import SampledDropout, draw_masks, sampled_macs
 from compress_uq.uq.members import Fidelity
 from compress_uq.uq.sites import Site
 
-__all__ = ["choose_masks"]
+__all__ = ["choose_masks", "why_not_compared"]
 
 REFERENCE = 200
 """Members that the draws are compared with, rounded up to whole draws of their own."""
@@ -50,39 +50,35 @@ def choose_masks(
     draws: int,
     seed: int,
     device: torch.device | str = "cpu",
-) -> tuple[list[Tensor], Fidelity | None]:
+) -> tuple[list[Tensor], Fidelity]:
     """The masks (T, *shape) per site of the best draw, and how well they and the median draw do.
 
     The best has the highest rank correlation of mutual information with the reference among the draws whose mean
-    probabilities are no farther from the reference's than the median draw's. With one member, or fewer than 50 images,
-    it is the first draw and nothing is measured.
+    probabilities are no farther from the reference's than the median draw's. It is chosen on one half of the images
+    that are looked at, and the figures are of the other half, where the best may do worse than the median draw.
 
     Args:
         network: the classifier, in eval.
         sites, members, fold: as `SampledDropout` takes them.
-        images: (image, label); a part of them, drawn from the seed, is looked at.
+        images: (image, label); a part of them, drawn from the seed, is looked at. For fewer of them than
+            `why_not_compared` lets pass the figures say little.
         example: images (1, C, H, W) to count costs with.
         draws: sets of masks to choose from; the first is what `seed` alone would give.
         seed: draws everything.
     """
-    first = draw_masks(sites, members, seed)
     of_reference = math.ceil(REFERENCE / members)
     seeds = [seed + _STEP * n for n in range(draws)]
     seeds += [seed + _STEP * n + _REFERENCE_SEED for n in range(of_reference)]
     trunk, tail = sampled_macs(network, sites, fold, example)
     affordable = int(_MACS / max(1, trunk + len(seeds) * members * tail))
     available = len(images)  # type: ignore[arg-type]
-    if members == 1 or available < _FEWEST_IMAGES:
-        return first, None
     count = min(available, max(_FEWEST_IMAGES, min(_MOST_IMAGES, affordable)))
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     answers = _answers(network, sites, members, Subset(images, chosen.tolist()), fold, seeds, device)
-    means, reference = answers.means[:draws], answers.means[draws:].mean(0)
-    wanted = -(reference * np.log(np.maximum(reference, 1e-30))).sum(1) - answers.entropies[draws:].mean(0)
-    correlations = np.array([_spearman(each, wanted) for each in answers.information[:draws]])
-    differences = np.abs(means - reference).mean((1, 2))
+    correlations, differences = _compared(answers, draws, slice(0, None, 2))
     near = differences <= np.median(differences)
     kept = int(np.argmax(np.where(near, correlations, -2.0)))
+    correlations, differences = _compared(answers, draws, slice(1, None, 2))
     return draw_masks(sites, members, seeds[kept]), Fidelity(
         draws=draws,
         kept=kept,
@@ -95,6 +91,15 @@ def choose_masks(
     )
 
 
+def why_not_compared(members: int, images: int) -> str | None:
+    """Why so many members cannot be compared with more of them on so many images; None where they can."""
+    if members == 1:
+        return "a single sample has no mutual information"
+    if images < _FEWEST_IMAGES:
+        return f"there were {images} calibration images, and {_FEWEST_IMAGES} are needed"
+    return None
+
+
 @dataclass(frozen=True)
 class _Answers:
     """What D draws of T members say of N images."""
@@ -105,6 +110,15 @@ class _Answers:
     """(D, N) float64 mean entropies of the members."""
     information: np.ndarray
     """(D, N) float32 mutual information."""
+
+
+def _compared(answers: _Answers, draws: int, images: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of the first draws on these images: Spearman of mutual information and difference to the reference."""
+    means, entropies = answers.means[:, images], answers.entropies[:, images]
+    reference = means[draws:].mean(0)
+    wanted = -(reference * np.log(np.maximum(reference, 1e-30))).sum(1) - entropies[draws:].mean(0)
+    correlations = np.array([_spearman(each, wanted) for each in answers.information[:draws, images]])
+    return correlations, np.abs(means[:draws] - reference).mean((1, 2))
 
 
 def _answers(

@@ -18,7 +18,7 @@ from compress_uq.training import resolve_device
 from compress_uq.uq.base import Method, Trained, check_samples, cost_line
 from compress_uq.uq.dropout import SampledDropout, find_fold, restored, sampled_macs
 from compress_uq.uq.dropout_training import DropoutNetwork
-from compress_uq.uq.fidelity import choose_masks
+from compress_uq.uq.fidelity import choose_masks, why_not_compared
 from compress_uq.uq.hooks import bare_copy
 from compress_uq.uq.kinds import KINDS
 from compress_uq.uq.members import Members
@@ -134,15 +134,18 @@ class MCDropout(Method):
             plan = self.plan(model, origin)
             network, sites, fold = model, plan.sites, plan.fold
         bare = bare_copy(network).eval()
-        masks, fidelity = None, None
-        if trained.calibration is not None:
+        images = trained.calibration
+        masks, reason = None, why_not_compared(self.samples, 0 if images is None else len(images))  # type: ignore[arg-type]
+        found: dict[str, object] = {"not_compared": reason}
+        if images is not None and reason is None:
             masks, fidelity = choose_masks(
-                bare, sites, self.samples, trained.calibration, fold=fold, example=example, draws=self.candidates,
-                seed=self.seed, device=resolve_device(trained.device),
+                bare, sites, self.samples, images, fold=fold, example=example, draws=self.candidates, seed=self.seed,
+                device=resolve_device(trained.device),
             )  # fmt: skip
+            found = {"fidelity": asdict(fidelity)}
         return SampledDropout(
             bare, sites, self.samples, seed=self.seed, fold=fold, masks=masks, head=find_head(bare, example),
-            found=None if fidelity is None else {"fidelity": asdict(fidelity)},
+            found=found,
         )  # fmt: skip
 
     def restore(self, networks: Sequence[nn.Module], structure: Mapping[str, Any]) -> Members:

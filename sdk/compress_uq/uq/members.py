@@ -28,6 +28,7 @@ class Fidelity:
     kept: int
     """The one that is used, counted from 0."""
     images: int
+    """Looked at in all: one half chose the set, the figures below are of the other."""
     reference: int
     """Members that the sets were compared with."""
     spearman: float
@@ -59,6 +60,11 @@ class Members(nn.Module, ABC):
         """How well fixed members stand for many, of what was found; None where that was not measured."""
         known = cast(Mapping[str, Any] | None, self.found.get("fidelity"))
         return None if known is None else Fidelity(**known)
+
+    @property
+    def not_compared(self) -> str | None:
+        """Why fixed members were not compared with many more; None where they were, or where none are drawn."""
+        return cast(str | None, self.found.get("not_compared"))
 
     @property
     @abstractmethod
