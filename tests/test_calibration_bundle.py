@@ -15,6 +15,7 @@ import compress_uq as cuq
 from compress_uq.errors import ArtifactError, CalibrationError, DataError
 from compress_uq.storage import sha256
 from small_models import Leaves
+from test_calibration import fittable
 
 
 def drifted(count, seed, loudness=4.0):
@@ -109,6 +110,7 @@ def test_the_new_bundle_is_a_bundle(new, newer, tmp_path):
 
 @pytest.mark.parametrize("name", ["beta", "dirichlet"])
 def test_a_calibrator_of_the_mean_is_saved_and_loaded(name, old, newer, tmp_path):
+    fittable(name)
     new = cuq.recalibrate(old, newer, method=name)
     back = cuq.Bundle.load(new.save(tmp_path / name), model=lambda: Leaves(4))
     images = newer.test.tensors[0][:8]
