@@ -17,6 +17,7 @@ from compress_uq.metrics import Figure
 from compress_uq.report import broken, lost_classes, of_compressed
 from compress_uq.storage import sha256
 from small_models import Leaves
+from test_calibration import fittable
 
 
 def drifted(count, seed, loudness=4.0):
@@ -196,6 +197,7 @@ def test_the_new_bundle_is_a_bundle(new, newer, tmp_path):
 
 @pytest.mark.parametrize("name", ["beta", "dirichlet"])
 def test_a_calibrator_of_the_mean_is_saved_and_loaded(name, old, newer, tmp_path):
+    fittable(name)
     new = cuq.recalibrate(old, newer, method=name)
     back = cuq.Bundle.load(new.save(tmp_path / name), model=lambda: Leaves(4))
     images = newer.test.tensors[0][:8]

@@ -39,6 +39,7 @@ def confused():
     ids=["calibrated", "too sure", "members", "shifted", "confused"],
 )
 def test_the_choice_is_what_the_data_were_distorted_by(given, expected):
+    pytest.importorskip("netcal")
     choice = choose(*given)
     assert choice.name == expected
     assert set(choice.nll) == set(CALIBRATORS.names)
@@ -61,6 +62,7 @@ def test_folds_hold_every_class_as_evenly_as_it_goes():
 
 
 def test_candidates_that_cannot_be_fitted_are_skipped_and_said_so():
+    pytest.importorskip("netcal")
     logits, labels = draw(count=400)
     without = labels != 2
     choice = choose(logits[:, without], labels[without])
