@@ -102,7 +102,7 @@ OF_COMPRESSED = (
     *lost_classes([{"class": "3", "dense": 0.8, "compressed": 0.1, "change": -0.7, "lost": 30, "gained": 0,
                     "p_value": 1e-9}]),
     *broken({"selective_risk": Figure(0.4, 0.3, 0.5), "set_coverage": Figure(0.5, 0.4, 0.6)},
-            {"acceptance": {"risk": 0.1}, "sets": {"coverage": 0.9}}),
+            {"acceptance": {"risk": 0.1}, "sets": {"coverage": 0.9, "images": 100}}, 100),
 )  # fmt: skip
 OF_OTHERS = (
     "dense_calibrated is not calibrated: every calibration image is classified right",
