@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from compress_uq.calibration import CALIBRATORS
 from compress_uq.cost import on_device
-from compress_uq.data import ImageDataset, Splits, balanced_sample, divide, labels_of, shared_images
+from compress_uq.data import ImageDataset, Splits, balanced_sample, labels_of, shared_images
 from compress_uq.errors import CalibrationError, DataError, UncertaintyError
 from compress_uq.fitted import Plain
 from compress_uq.metrics import ood_auroc
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
 from compress_uq.scores import SCORES, Answers, Score, TrainingFeatures
-from compress_uq.steps import members_of_images
+from compress_uq.steps import cross_calibrators, members_of_images
 from compress_uq.training import resolve_device
 from compress_uq.uncertain import UncertainModel, answers_of
 
@@ -257,10 +256,9 @@ def _inside(
     )
     parts = [(list(range(len(labels))), model.calibrator)]
     if splits.decision is None and model.calibrator.name != "none":
-        halves, kind = divide(labels, 2), CALIBRATORS[model.calibrator.name]
         source += ", cross-fitted in two halves"
         try:
-            parts = [(own, kind.fit(logits[:, other], labels[other])) for own, other in (halves, halves[::-1])]
+            parts = cross_calibrators(model.calibrator.name, logits, labels)
         except CalibrationError as error:
             raise UncertaintyError(
                 f"ood_score 'auto' needs images that the calibrator did not see, and {len(labels)} calibration images "

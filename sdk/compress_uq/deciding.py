@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress_uq.calibration import CALIBRATORS
 from compress_uq.config import Guarantees
 from compress_uq.cost import on_device
 from compress_uq.data import Splits, check_labels, divide
@@ -27,7 +26,7 @@ from compress_uq.errors import CalibrationError, DecisionError
 from compress_uq.fitted import Plain
 from compress_uq.predict import collect_predictions
 from compress_uq.progress import ProgressCallback, silent
-from compress_uq.steps import members_of_images
+from compress_uq.steps import cross_calibrators, members_of_images
 from compress_uq.training import resolve_device
 from compress_uq.types import Prediction
 from compress_uq.uncertain import UncertainModel, summarise
@@ -224,16 +223,16 @@ def _cross_fitted(model: UncertainModel, splits: Splits, *, device: str, progres
     logits, features, labels = members_of_images(
         model, dataset, features=model.score.of_features, device=device, progress=progress, stage="deciding"
     )
-    halves = divide(labels, 2)
+    try:
+        parts = cross_calibrators(model.calibrator.name, logits, labels)
+    except CalibrationError as error:
+        raise DecisionError(
+            f"a decision rule needs images that the calibrator did not see, and {len(labels)} calibration images "
+            f"are too few to share ({error}); give a decision split, or calibration 'none'"
+        ) from error
+    halves = tuple(own for own, _ in parts)
     pieces: list[Prediction] = []
-    for fitted_on, applied_to in (halves[::-1], halves):
-        try:
-            calibrator = CALIBRATORS[model.calibrator.name].fit(logits[:, fitted_on], labels[fitted_on])
-        except CalibrationError as error:
-            raise DecisionError(
-                f"a decision rule needs images that the calibrator did not see, and {len(labels)} calibration images "
-                f"are too few to share ({error}); give a decision split, or calibration 'none'"
-            ) from error
+    for applied_to, calibrator in parts:
         with torch.inference_mode():
             pieces.append(
                 summarise(

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress_uq.calibration import Identity, check_name, fit_calibrator
+from compress_uq.calibration import CALIBRATORS, Calibrator, Identity, check_name, fit_calibrator
 from compress_uq.config import TrainingConfig
 from compress_uq.cost import on_device
-from compress_uq.data import AUGMENTATIONS, Augmentation, ImageDataset, Splits, check_labels
+from compress_uq.data import AUGMENTATIONS, Augmentation, ImageDataset, Splits, check_labels, divide
 from compress_uq.errors import CalibrationError, InputError, UncertaintyError, UnknownNameError
 from compress_uq.predict import collect
 from compress_uq.progress import ProgressCallback, silent
@@ -30,6 +30,7 @@ __all__ = [
     "FinetuneResult",
     "TrainingOptions",
     "calibrate",
+    "cross_calibrators",
     "finetune",
     "fit_uncertainty",
     "logits_of_members",
@@ -298,6 +299,16 @@ def members_of_images(
     logits, *entering = (column.swapaxes(0, 1) for column in columns)
     check_labels(torch.from_numpy(labels), logits.shape[2])
     return logits, entering[0] if features else None, labels
+
+
+def cross_calibrators(name: str, logits: np.ndarray, labels: np.ndarray) -> list[tuple[list[int], Calibrator]]:
+    """Class-balanced halves of the images of logits (T, N, K), each with a calibrator fitted on the other half.
+
+    Raises:
+        CalibrationError: nothing fits a half.
+    """
+    halves = divide(labels, 2)
+    return [(own, CALIBRATORS[name].fit(logits[:, other], labels[other])) for own, other in (halves, halves[::-1])]
 
 
 def resolve_method(method: str | Method) -> Method:
